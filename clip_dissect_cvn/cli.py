@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"clip-dissect-cvn: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nInterrupted. What was finished is kept: the same command goes on from there.", file=sys.stderr)
+        print(
+            "\nInterrupted. What was finished is kept: the same command goes on from there.", file=sys.stderr
+        )
         return 130
     return 0
 
@@ -89,40 +91,92 @@ def _add_describe(verbs: Any) -> None:
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the network")
-    group.add_argument("--target_model", "--model", default="cvn_embedded_vit", metavar="NAME",
-                       help="a cvn_* name, or any timm or torchvision name")
-    group.add_argument("--target_layers", metavar="LAYERS",
-                       help="comma-separated paths or globs; unless given, the last hidden layer and the head")
-    group.add_argument("--competitors", type=int, metavar="U", help="put LWTA with blocks of U into the model")
-    group.add_argument("--checkpoint", metavar="FILE", help="weights: safetensors, timm, torchvision, DISCOVER")
-    group.add_argument("--pretrained", action=argparse.BooleanOptionalAction,
-                       help="the published weights; unless given, yes for timm and torchvision names")
+    group.add_argument(
+        "--target_model",
+        "--model",
+        default="cvn_embedded_vit",
+        metavar="NAME",
+        help="a cvn_* name, or any timm or torchvision name",
+    )
+    group.add_argument(
+        "--target_layers",
+        metavar="LAYERS",
+        help="comma-separated paths or globs; unless given, the last hidden layer and the head",
+    )
+    group.add_argument(
+        "--competitors", type=int, metavar="U", help="put LWTA with blocks of U into the model"
+    )
+    group.add_argument(
+        "--checkpoint", metavar="FILE", help="weights: safetensors, timm, torchvision, DISCOVER"
+    )
+    group.add_argument(
+        "--pretrained",
+        action=argparse.BooleanOptionalAction,
+        help="the published weights; unless given, yes for timm and torchvision names",
+    )
 
 
 def _add_input_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the probe images, the concepts and CLIP")
-    group.add_argument("--d_probe", default="shapes", metavar="NAME|DIR", help="a probe set or a folder of images")
-    group.add_argument("--probe_root", action="append", default=[], metavar="NAME=DIR",
-                       help="where a named probe set lies; may be repeated")
-    group.add_argument("--concept_set", default="shapes", metavar="NAME|FILE", help="a concept set or a text file")
-    group.add_argument("--template", action="append", metavar="TEXT",
-                       help="a prompt with {} for the concept; several are averaged; unless given, the bare word")
-    group.add_argument("--clip_model", default="embedded", metavar="NAME|FILE",
-                       help="ViT-B/16 and its like, a checkpoint, open_clip:NAME/TAG, or embedded")
+    group.add_argument(
+        "--d_probe", default="shapes", metavar="NAME|DIR", help="a probe set or a folder of images"
+    )
+    group.add_argument(
+        "--probe_root",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="where a named probe set lies; may be repeated",
+    )
+    group.add_argument(
+        "--concept_set", default="shapes", metavar="NAME|FILE", help="a concept set or a text file"
+    )
+    group.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help="a prompt with {} for the concept; several are averaged; unless given, the bare word",
+    )
+    group.add_argument(
+        "--clip_model",
+        default="embedded",
+        metavar="NAME|FILE",
+        help="ViT-B/16 and its like, a checkpoint, open_clip:NAME/TAG, or embedded",
+    )
     group.add_argument("--strict", action="store_true", help="stop at an image that cannot be read")
 
 
 def _add_recording_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recording and similarity")
-    group.add_argument("--similarity_fn", default="soft_wpmi", metavar="NAME", help="how concepts are matched")
-    group.add_argument("--similarity_option", action="append", default=[], metavar="KEY=VALUE",
-                       help="an option of the similarity, such as top_k=50; may be repeated")
-    group.add_argument("--pool_mode", choices=["avg", "max"], default="avg", help="over positions of a ConvNet")
-    group.add_argument("--seed", type=int, default=0, help="of the draws of LWTA, and of whatever else is random")
+    group.add_argument(
+        "--similarity_fn", default="soft_wpmi", metavar="NAME", help="how concepts are matched"
+    )
+    group.add_argument(
+        "--similarity_option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the similarity, such as top_k=50; may be repeated",
+    )
+    group.add_argument(
+        "--pool_mode", choices=["avg", "max"], default="avg", help="over positions of a ConvNet"
+    )
+    group.add_argument(
+        "--tokens",
+        choices=["class", "patches"],
+        default="class",
+        help="of a network with a class token: read that one, or pool the patches",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, help="of the draws of LWTA, and of whatever else is random"
+    )
     group.add_argument("--draws", type=int, default=1, metavar="S", help="draws of every LWTA layer an image")
-    group.add_argument("--readout", choices=["draw", "mean", "expected"],
-                       help="what describes an LWTA unit: its response in one draw, its mean over the draws, or "
-                       "its expected response; unless given, draw, and mean when there are several draws")
+    group.add_argument(
+        "--readout",
+        choices=["draw", "mean", "expected"],
+        help="what describes an LWTA unit: its response in one draw, its mean over the draws, or "
+        "its expected response; unless given, draw, and mean when there are several draws",
+    )
     group.add_argument("--batch_size", type=int, default=200, metavar="N", help="images at a time")
     group.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes that decode images")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -148,11 +202,14 @@ def run_describe(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     if target.source.get("weights") == "random":
-        _note(f"{target.name} has RANDOM weights: its descriptions mean nothing. Name trained ones by --checkpoint.")
+        _note(
+            f"{target.name} has RANDOM weights: its descriptions mean nothing. Name trained ones by --checkpoint."
+        )
     result = cvn.describe(
         target,
-        probe=arguments.d_probe,
-        probe_roots=_pairs(arguments.probe_root, "--probe_root", "NAME=DIR"),
+        probe=cvn.load_probe(
+            arguments.d_probe, roots=_pairs(arguments.probe_root, "--probe_root", "NAME=DIR")
+        ),
         concepts=arguments.concept_set,
         templates=tuple(arguments.template or ["{}"]),
         encoder=arguments.clip_model,
@@ -160,6 +217,7 @@ def run_describe(arguments: argparse.Namespace) -> None:
         similarity=arguments.similarity_fn,
         similarity_options=_pairs(arguments.similarity_option, "--similarity_option", "KEY=VALUE", _number),
         pool_mode=arguments.pool_mode,
+        tokens=arguments.tokens,
         seed=arguments.seed,
         draws=arguments.draws,
         readout=arguments.readout,
@@ -181,7 +239,9 @@ def summary(result: Descriptions, folder: Path) -> str:
     lines = ["", f"{'layer':<28}{'units':>7}{'dead':>6}  the best described"]
     for layer, rows in result.units.groupby("layer", sort=False):
         best = rows.nlargest(3, "similarity")
-        names = ", ".join(f"{unit} {name!r}" for unit, name in zip(best["unit"], best["description"], strict=True))
+        names = ", ".join(
+            f"{unit} {name!r}" for unit, name in zip(best["unit"], best["description"], strict=True)
+        )
         lines.append(f"{layer!s:<28}{len(rows):>7}{int(rows['dead'].sum()):>6}  {names}")
     unreadable = result.config["unreadable"]
     if unreadable:
@@ -242,7 +302,9 @@ def run_list(arguments: argparse.Namespace) -> None:
     }
     for flag, names in kinds.items():
         print(f"{flag:<18}{' '.join(names)}")
-    print("Also: any timm or torchvision model, a folder of images, a text file of concepts, a CLIP checkpoint.")
+    print(
+        "Also: any timm or torchvision model, a folder of images, a text file of concepts, a CLIP checkpoint."
+    )
 
 
 # cache -----------------------------------------------------------------------------------------------------

@@ -1,15 +1,17 @@
 """Stochastic Local Winner-Takes-All: the maths of competition, and the module over it.
 
-A layer of K channels is B blocks of U competitors, contiguous along the channel axis (unit = block * U + competitor).
-Each block draws one winner, xi ~ Categorical(softmax(h)), which passes its linear response; the others pass 0
-(Panousis et al., "Nonparametric Bayesian deep networks with local competition", ICML 2019, equations 3 to 5).
+A layer of K channels is B blocks of U competitors, contiguous along the channel axis:
+unit = block * U + competitor. Each block draws one winner, xi ~ Categorical(Pi) with Pi = softmax(h), which
+passes its linear response; the others pass 0 (Panousis, Chatzis and Theodoridis, "Nonparametric Bayesian deep
+networks with local competition", ICML 2019).
 
-A block with a NaN or +inf among its responses, or with nothing but -inf, comes out as NaN: nobody wins it.
+A block that holds a NaN or +inf, or nothing but -inf, has no probabilities: all of it comes out as NaN.
 A single -inf is a competitor that cannot win.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,29 +27,32 @@ from .errors import ArgumentError
 class Competition:
     """Who won, and what came through.
 
-    `response` is h where a competitor won and 0 elsewhere, in h's shape; `winner` is the competitor that won
-    each block, -1 where nobody could (the block's response is NaN there).
+    `response` is h where a competitor won and 0 elsewhere, in h's shape. `winner` is the competitor, in
+    [0, competitors), that won each block; -1 where nobody could, because its probabilities are NaN.
     """
 
-    response: Float[Tensor, "..."]
+    response: Float[Tensor, "images *shape"]
     winner: Int64[Tensor, "images *positions blocks"]
 
 
 class Referee(Protocol):
-    """Decides the draws of an LWTA module, and sees what came of them; present only while recording."""
+    """Decides the draws of an LWTA module and sees what came of them; there is one only while recording."""
 
-    def uniforms(self, shape: tuple[int, ...]) -> Float[Tensor, "images *positions blocks"]: ...
+    def uniforms(self, shape: tuple[int, ...]) -> Float[Tensor, "images *positions blocks"]:
+        """Return a number in [0, 1) for every block, in this shape."""
 
-    def observe(self, h: Tensor, competition: Competition) -> None: ...
+    def observe(self, h: Float[Tensor, "*shape"], competition: Competition) -> None:
+        """See the linear responses and who won."""
 
 
 class LWTA(nn.Module):
-    """Let blocks of `competitors` channels along `dim` compete: training form in training, exact draws in eval.
+    """Let blocks of `competitors` channels along `dim` compete, in the training form or by exact draws in eval.
 
-    No parameters and no buffers, so state dicts do not change.
+    It has no parameters and no buffers, so state dicts do not change. Shapes and errors are those of `lwta` and
+    `lwta_straight_through`.
 
-    >>> LWTA(4)(torch.randn(2, 8)).shape
-    torch.Size([2, 8])
+    >>> LWTA(4).eval()(torch.ones(1, 8)).sum()
+    tensor(2.)
     """
 
     referee: Referee | None = None
@@ -58,7 +63,7 @@ class LWTA(nn.Module):
         self.dim = dim
         self.temperature = _checked_temperature(temperature)
 
-    def forward(self, h: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def forward(self, h: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         if self.referee is not None:
             return self._refereed(h, self.referee)
         if self.training:
@@ -67,7 +72,7 @@ class LWTA(nn.Module):
 
     def _refereed(self, h: Tensor, referee: Referee) -> Tensor:
         shape = _blocks(h, self.competitors, self.dim).shape[:-1]
-        competition = compete(h, self.competitors, dim=self.dim, uniform=referee.uniforms(shape))
+        competition = compete(h, self.competitors, dim=self.dim, uniform=referee.uniforms(tuple(shape)))
         referee.observe(h, competition)
         return competition.response
 
@@ -76,86 +81,179 @@ class LWTA(nn.Module):
 
 
 def lwta(
-    h: Float[Tensor, "..."], competitors: int, *, dim: int = -1, generator: torch.Generator | None = None
-) -> Float[Tensor, "..."]:
-    blocks = _blocks(h, competitors, dim)
-    uniform = torch.rand(blocks.shape[:-1], generator=generator, device=h.device)
+    h: Float[Tensor, "*shape"], competitors: int, *, dim: int = -1, generator: torch.Generator | None = None
+) -> Float[Tensor, "*shape"]:
+    """Draw every block's winner exactly, with probability Pi: the form for inference.
+
+    h and the result have the channels along `dim`; dtype and memory layout are kept. The gradient reaches the
+    winners alone, as if the draw had been given. Draws come from `generator`, by default torch's own.
+
+    Raises ArgumentError when `competitors` is below 2 or does not divide the channels.
+
+    >>> lwta(torch.tensor([[3.0, -torch.inf, -torch.inf, -2.0]]), 2)
+    tensor([[ 3.,  0.,  0., -2.]])
+    """
+    shape = _blocks(h, competitors, dim).shape[:-1]
+    uniform = torch.empty(shape, device=h.device).uniform_(generator=generator)
     return compete(h, competitors, dim=dim, uniform=uniform).response
 
 
 def compete(
-    h: Float[Tensor, "..."],
+    h: Float[Tensor, "*shape"],
     competitors: int,
     *,
     dim: int = -1,
     uniform: Float[Tensor, "images *positions blocks"],
 ) -> Competition:
+    """Draw every block's winner from the given `uniform` numbers in [0, 1), by the inverse of Pi's CDF.
+
+    Raises ArgumentError as `lwta`, and when `uniform` has not one number for every block.
+    """
     blocks = _blocks(h, competitors, dim)
     if uniform.shape != blocks.shape[:-1]:
         raise ArgumentError(
-            f"uniform has the shape {tuple(uniform.shape)}, but h has blocks of shape {tuple(blocks.shape[:-1])}. "
-            "Pass one number for each block."
+            f"uniform has the shape {tuple(uniform.shape)}, but the blocks of h have the shape "
+            f"{tuple(blocks.shape[:-1])}. Pass one number for every block: (images, *positions, blocks)."
         )
-    cdf = F.softmax(blocks.detach(), -1, dtype=_accurate(h)).cumsum(-1)
-    total = cdf[..., -1:]
-    winner = torch.searchsorted(cdf, uniform[..., None].to(cdf.dtype) * total, right=True)
-    winner = torch.where(total.isnan(), -1, winner.clamp_(max=competitors - 1))
-    return Competition(_only(h, winner, competitors, dim), winner.squeeze(-1))
+    with torch.no_grad():
+        cdf = _probabilities(blocks).cumsum_(-1)
+        total = cdf[..., -1:]
+        # total is 1 but for rounding; a number below 1 times total stays below it, so that a winner is found
+        winner = torch.searchsorted(cdf, uniform[..., None].to(cdf.dtype) * total, right=True)
+        nobody = total.isnan()
+        silence = cdf.mul_(0)
+    response = _response(blocks, winner.clamp(max=competitors - 1), silence)
+    return Competition(_unblocked(response, h, dim), winner.masked_fill(nobody, -1).squeeze(-1))
 
 
-def lwta_max(h: Float[Tensor, "..."], competitors: int, *, dim: int = -1) -> Float[Tensor, "..."]:
-    blocks = _blocks(h.detach(), competitors, dim)
-    top, winner = blocks.max(-1, keepdim=True)
-    return _only(h, torch.where(top.isfinite(), winner, -1), competitors, dim)
+def lwta_max(h: Float[Tensor, "*shape"], competitors: int, *, dim: int = -1) -> Float[Tensor, "*shape"]:
+    """Let the most probable competitor of every block win, the first of equals: the deterministic form.
+
+    Raises ArgumentError as `lwta`.
+
+    >>> lwta_max(torch.tensor([[1.0, 2.0, -3.0, -4.0]]), 2)
+    tensor([[ 0.,  2., -3.,  0.]])
+    """
+    blocks = _blocks(h, competitors, dim)
+    with torch.no_grad():
+        top, winner = blocks.max(-1, keepdim=True)
+        silence = (top - top).repeat_interleave(competitors, -1)
+    return _unblocked(_response(blocks, winner, silence), h, dim)
 
 
 def lwta_straight_through(
-    h: Float[Tensor, "..."],
+    h: Float[Tensor, "*shape"],
     competitors: int,
     *,
     dim: int = -1,
     temperature: float = 0.67,
     generator: torch.Generator | None = None,
-) -> Float[Tensor, "..."]:
+) -> Float[Tensor, "*shape"]:
+    """Draw every block's winner exactly, with the gradient of a relaxed draw: the form for training.
+
+    With g ~ Gumbel(0, 1), hard = onehot(argmax(h + g)) and soft = softmax((h + g) / temperature), the result
+    is hard * h and its derivative hard + h * d(soft)/dh (Jang, Gu and Poole, "Categorical reparameterization
+    with Gumbel-softmax", ICLR 2017, section 2.2). Half-precision h competes in float32. Backward keeps h, soft
+    in h's dtype and the winners; it needs finite responses.
+
+    Raises ArgumentError as `lwta`, and when `temperature` is not positive.
+    """
     _checked_temperature(temperature)
     blocks = _blocks(h, competitors, dim)
-    noise = torch.empty(blocks.shape, dtype=_accurate(h), device=h.device).exponential_(generator=generator)
-    soft = F.softmax((blocks - noise.log()) / temperature, -1)
-    top, winner = soft.detach().max(-1, keepdim=True)
-    hard = torch.zeros_like(soft).scatter_(-1, winner, 1.0) + top * 0
-    y = hard * blocks.detach() + blocks * (soft - soft.detach()) + hard * (blocks - blocks.detach())
-    return y.flatten(-2).movedim(-1, dim).to(h.dtype)
+    with torch.no_grad():
+        soft = F.softmax(_perturbed(blocks, generator).mul_(1 / temperature), -1)
+        winner = soft.argmax(-1, keepdim=True)
+    return _unblocked(_StraightThrough.apply(blocks, soft.to(h.dtype), winner, temperature), h, dim)
 
 
-def lwta_kl(h: Float[Tensor, "..."], competitors: int, *, dim: int = -1) -> Float[Tensor, " examples"]:
+class _StraightThrough(torch.autograd.Function):
+    """Pass the winners' responses on, and the gradient as if `soft` had weighed all responses too."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor, soft: Tensor, winner: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(blocks, soft, winner.to(torch.int32))
+        ctx.temperature = temperature
+        return _response(blocks, winner, soft * 0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0]
+        blocks, soft, winner = ctx.saved_tensors
+        winner = winner.long()
+        relaxed = torch.ops.aten._softmax_backward_data(gradient * blocks, soft, -1, soft.dtype)
+        relaxed.mul_(1 / ctx.temperature)
+        hard = relaxed.gather(-1, winner) + gradient.gather(-1, winner)
+        return relaxed.scatter_(-1, winner, hard), None, None, None
+
+
+def lwta_kl(h: Float[Tensor, "*shape"], competitors: int, *, dim: int = -1) -> Float[Tensor, " examples"]:
+    """Sum KL(Pi || uniform) = sum_u Pi_u log(U Pi_u) over the blocks and positions of each example, in nats.
+
+    Examples lie along h's first axis. Values are in [0, blocks * positions * log(competitors)], float32 or
+    better.
+
+    Raises ArgumentError as `lwta`, and when the channels are h's first axis.
+
+    >>> lwta_kl(torch.zeros(3, 8), 4)
+    tensor([0., 0., 0.])
+    """
     blocks = _blocks(h, competitors, dim)
-    log_probability = F.log_softmax(blocks, -1, dtype=_accurate(h))
-    log_probability = log_probability.clamp(min=torch.finfo(log_probability.dtype).min)
-    divergence = log_probability.exp() * (log_probability + torch.log(log_probability.new_tensor(competitors)))
-    return divergence.flatten(1).sum(-1)
+    if dim % h.ndim == 0:
+        raise ArgumentError(f"dim is {dim}, the first axis of h, which counts examples. Use another axis.")
+    log_pi = F.log_softmax(blocks, -1, dtype=_accurate(h))
+    log_pi = log_pi.clamp(min=torch.finfo(log_pi.dtype).min)  # 0 log 0 = 0
+    return (log_pi.exp() * (log_pi + math.log(competitors))).flatten(1).sum(-1)
 
 
-def win_probability(h: Float[Tensor, "..."], competitors: int, *, dim: int = -1) -> Float[Tensor, "..."]:
-    blocks = _blocks(h, competitors, dim)
-    return F.softmax(blocks, -1, dtype=_accurate(h)).flatten(-2).movedim(-1, dim)
+def win_probability(
+    h: Float[Tensor, "*shape"], competitors: int, *, dim: int = -1
+) -> Float[Tensor, "*shape"]:
+    """Return every competitor's probability Pi to win its block, in h's shape, in float32 or better.
+
+    Raises ArgumentError as `lwta`.
+
+    >>> win_probability(torch.zeros(1, 4), 2)
+    tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
+    """
+    return _unblocked(_probabilities(_blocks(h, competitors, dim)), h, dim)
 
 
-def _only(h: Tensor, winner: Tensor, competitors: int, dim: int) -> Tensor:
-    blocks = _blocks(h, competitors, dim)
-    value = blocks.gather(-1, winner.clamp(min=0)).masked_fill(winner < 0, torch.nan)
-    y = torch.zeros_like(h)
-    _blocks(y, competitors, dim).copy_(torch.zeros_like(blocks).masked_fill(winner < 0, torch.nan).scatter(-1, winner.clamp(min=0), value))
-    return y
+def _probabilities(blocks: Tensor) -> Tensor:
+    return F.softmax(blocks, -1, dtype=_accurate(blocks))
+
+
+def _perturbed(blocks: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return h + g with g ~ Gumbel(0, 1)."""
+    dtype = _accurate(blocks)
+    uniform = torch.empty(blocks.shape, dtype=dtype, device=blocks.device)
+    uniform.uniform_(torch.finfo(dtype).tiny, 1, generator=generator)  # never 0
+    exponential = uniform.log_().neg_()
+    return torch.sub(blocks, exponential.log_(), out=exponential)
+
+
+def _response(blocks: Tensor, winner: Tensor, silence: Tensor) -> Tensor:
+    """Return the winners' responses amid `silence`: 0, or NaN in the whole of a block that nobody can win."""
+    silence = silence.to(blocks.dtype)
+    return silence.scatter(-1, winner, blocks.gather(-1, winner) + silence[..., :1])
 
 
 def _blocks(h: Tensor, competitors: int, dim: int) -> Tensor:
     """View h as (images, *positions, blocks, competitors)."""
     channels = h.shape[dim]
-    if channels % competitors:
+    if channels % _checked_competitors(competitors):
+        divisors = [str(number) for number in range(2, channels + 1) if channels % number == 0]
+        shown = ", ".join(divisors[:8]) + (", …" if len(divisors) > 8 else "")
         raise ArgumentError(
             f"h has {channels} channels along dim {dim}, which {competitors} competitors do not divide. "
+            f"Use one of {shown}."
         )
     return h.movedim(dim, -1).unflatten(-1, (-1, competitors))
+
+
+def _unblocked(blocks: Tensor, h: Tensor, dim: int) -> Tensor:
+    """Bring (images, *positions, blocks, competitors) back to h's shape and memory layout."""
+    y = blocks.flatten(-2).movedim(-1, dim)
+    return y if y.stride() == h.stride() else torch.empty_like(h, dtype=y.dtype).copy_(y)
 
 
 def _accurate(h: Tensor) -> torch.dtype:
@@ -164,11 +262,11 @@ def _accurate(h: Tensor) -> torch.dtype:
 
 def _checked_competitors(competitors: int) -> int:
     if competitors < 2:
-        raise ArgumentError(f"competitors is {competitors}, but at least 2 have to compete. Use 2 or more.")
+        raise ArgumentError(f"competitors is {competitors}, but a block needs rivals. Use 2 or more.")
     return competitors
 
 
 def _checked_temperature(temperature: float) -> float:
-    if not temperature > 0:
-        raise ArgumentError(f"temperature is {temperature}, but has to be positive. Use for example 0.67.")
+    if not 0 < temperature < math.inf:
+        raise ArgumentError(f"temperature is {temperature}, but has to be positive and finite, such as 0.67.")
     return temperature

@@ -1,7 +1,7 @@
 """Random numbers that are a pure function of what they are for: a counter-based generator.
 
-Philox-4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), in torch integer
-operations, so that a draw is the same on any device and whatever the batch size, worker count or resume point.
+Philox-4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), in torch's integer
+operations: a draw is the same on any device, whatever the batch size, worker count or resume point.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def uniforms(
 ) -> Float[Tensor, "images *shape"]:
     """Return the uniform numbers that belong to these images, this layer and this draw.
 
-    `shape` is one image's: ``(*positions, blocks)``. The result is float32 in [0, 1), multiples of 2^-24, on the
-    device of `images`. A value depends on the seed, the image's index, the layer, the draw and its flat index in
-    `shape`, and on nothing else: neither on the other images nor on the extent of `shape`.
+    `shape` is one image's: ``(*positions, blocks)``. The result is float32 in [0, 1), multiples of 2^-24, on
+    the device of `images`. A value depends on the seed, the image's index, the layer, the draw and its flat
+    index in `shape`, and on nothing else: neither on the other images nor on the extent of `shape`.
 
     Raises ArgumentError for a `seed` outside [0, 2^64), an image index or `draw` outside [0, 2^32).
 
     >>> uniforms(0, images=torch.tensor([5, 9]), layer="head", draw=0, shape=(3,))[1]
-    tensor([0., 0., 0.])
+    tensor([0.4193, 0.0625, 0.8014])
     """
     _check_range("seed", seed, 64)
     _check_range("draw", draw, 32)
@@ -56,9 +56,9 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def philox(counter: Words, key: tuple[int, int]) -> Words:
-    """Encrypt a 4 x 32 bit counter with a 2 x 32 bit key, elementwise: Philox-4x32-10 (section 3.3, figure 3).
+    """Encrypt a counter of four 32-bit words with a key of two, elementwise: Philox-4x32-10 (section 3.3).
 
-    Words are int64 tensors in [0, 2^32), which broadcast.
+    Words are int64 tensors in [0, 2^32), which broadcast against each other.
     """
     a, b, c, d = counter
     for turn in range(ROUNDS):

@@ -1,0 +1,182 @@
+"""The two inputs of a similarity, read a block at a time: concept activations P and unit activations q."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from ..artifacts import ClipFeatures, UnitActivations
+from ..errors import ArgumentError
+
+BLOCK = 1 << 26
+"""Numbers held at once by one step (268 MB as float32); results do not depend on it beyond rounding."""
+
+Device: TypeAlias = str | torch.device
+Rows: TypeAlias = slice | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StoredMatrix:
+    """P itself, as CLIP-Dissect hands it over."""
+
+    values: Float[Tensor, "images concepts"]
+    device: Device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    def block(self, rows: Rows = slice(None), concepts: slice = slice(None)) -> Float[Tensor, "rows some"]:
+        """Copy a part of P to the device; the caller may change it in place."""
+        return self.values[:, concepts][rows].to(self.device, torch.float32, copy=True)
+
+    def mean(self) -> Float[Tensor, " concepts"]:
+        """Average every concept over the images."""
+        return _mean(self.values).to(self.device, torch.float32)
+
+    def weighted(self, units: UnitActivations) -> Float[Tensor, "units concepts"]:
+        """Compute q^T P."""
+        return _product(units, self.values, self.device)
+
+    def norms(self) -> Float[Tensor, " concepts"]:
+        """Compute |P_m|, the norm of every concept over the images."""
+        blocks = (self.block(rows) for rows in pieces(*self.shape))
+        return _sum(block.double().square_().sum(0) for block in blocks).sqrt_().float()
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredMatrix:
+    """P as the product of image and concept embeddings, formed only where it is needed."""
+
+    images: Float[Tensor, "images width"]
+    concepts: Float[Tensor, "concepts width"]
+    device: Device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.images.shape[0], self.concepts.shape[0]
+
+    def block(self, rows: Rows = slice(None), concepts: slice = slice(None)) -> Float[Tensor, "rows some"]:
+        """Form a part of P on the device; the caller may change it in place."""
+        left, right = self.images[rows], self.concepts[concepts]
+        return left.to(self.device, torch.float32) @ right.to(self.device, torch.float32).T
+
+    def mean(self) -> Float[Tensor, " concepts"]:
+        """Average every concept over the images."""
+        return (self.concepts.double() @ _mean(self.images)).to(self.device, torch.float32)
+
+    def weighted(self, units: UnitActivations) -> Float[Tensor, "units concepts"]:
+        """Compute q^T P as (q^T I) T^T."""
+        return _product(units, self.images, self.device) @ self.concepts.to(self.device, torch.float32).T
+
+    def norms(self) -> Float[Tensor, " concepts"]:
+        """Compute |P_m|, the norm of every concept over the images, as sqrt(t_m^T (I^T I) t_m)."""
+        blocks = (self.images[rows].to(self.device, torch.float32) for rows in pieces(*self.images.shape))
+        gram = _sum(block.T @ block for block in blocks)
+        concepts = self.concepts.to(self.device, torch.float32)
+        return torch.linalg.vecdot(concepts @ gram, concepts).clamp_min_(0).sqrt_()
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return reduce(Tensor.add_, terms)
+
+
+def _mean(values: Float[Tensor, "images width"]) -> Float64[Tensor, " width"]:
+    return _sum(values[rows].sum(0, dtype=torch.float64) for rows in pieces(*values.shape)) / len(values)
+
+
+def _product(
+    units: UnitActivations, right: Float[Tensor, "images width"], device: Device
+) -> Float[Tensor, "units width"]:
+    terms = pieces(len(right), max(units.units, right.shape[1]))
+    return _sum(
+        units.response[rows].to(device, torch.float32).T @ right[rows].to(device, torch.float32)
+        for rows in terms
+    )
+
+
+ConceptMatrix: TypeAlias = StoredMatrix | FactoredMatrix
+
+
+def concept_matrix(
+    clip_feats: Float[Tensor, "images concepts"] | ClipFeatures, device: Device
+) -> ConceptMatrix:
+    """Read P from itself or from its factors."""
+    if isinstance(clip_feats, ClipFeatures):
+        return FactoredMatrix(clip_feats.images, clip_feats.concepts, device)
+    return StoredMatrix(clip_feats, device)
+
+
+def unit_activations(
+    unit_acts: Float[Tensor, "images units"] | UnitActivations, matrix: ConceptMatrix
+) -> UnitActivations:
+    """Read q, and check that it is of the images of P."""
+    units = unit_acts if isinstance(unit_acts, UnitActivations) else UnitActivations("unit_acts", unit_acts)
+    check_same_images(matrix.shape[0], units)
+    return units
+
+
+def check_same_images(images: int, units: UnitActivations) -> None:
+    """Raise ArgumentError unless `units` was recorded on that many images."""
+    if len(units.response) != images:
+        raise ArgumentError(
+            f"{units.layer} was recorded on {len(units.response)} images, but CLIP embedded {images}. "
+            "Use the same probe images for both."
+        )
+
+
+def pieces(length: int, cost: int) -> Iterator[slice]:
+    """Cut `length` items of `cost` numbers each into slices of at most `BLOCK` numbers.
+
+    >>> list(pieces(5, BLOCK // 2))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    size = max(1, BLOCK // max(1, cost))
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def unit_columns(units: UnitActivations) -> Iterator[tuple[slice, Float[Tensor, "images some"]]]:
+    """Yield slices of units with their float32 responses on all images."""
+    for part, response in units.columns(max(1, BLOCK // max(1, len(units.response)))):
+        yield part, response.float()
+
+
+def top_images(
+    units: UnitActivations, count: int
+) -> tuple[Float[Tensor, "count units"], Int64[Tensor, "count units"]]:
+    """Find every unit's `count` strongest images: their activations, descending, and their indices.
+
+    Always chosen on the CPU, over all images of a unit at once: ties (the many exact zeros of an LWTA layer)
+    then fall as in CLIP-Dissect, whatever the device.
+    """
+    tops = [torch.topk(response.cpu(), count, dim=0) for _, response in unit_columns(units)]
+    return torch.cat([top.values for top in tops], dim=1), torch.cat([top.indices for top in tops], dim=1)
+
+
+def unit_norms(units: UnitActivations) -> Float[Tensor, " units"]:
+    """Compute |q_k| over the images."""
+    parts = [
+        torch.linalg.vector_norm(response, dim=0, dtype=torch.float64) for _, response in unit_columns(units)
+    ]
+    return torch.cat(parts).float()
+
+
+def moments(units: UnitActivations) -> tuple[Float64[Tensor, " units"], Float64[Tensor, " units"]]:
+    """Average every unit over the images, and its standard deviation (divided by the number of images)."""
+    parts = [torch.var_mean(response.double(), dim=0, correction=0) for _, response in unit_columns(units)]
+    return torch.cat([mean for _, mean in parts]), torch.cat([variance for variance, _ in parts]).sqrt()
+
+
+def mask_dead(
+    scores: Float[Tensor, "units concepts"], units: UnitActivations
+) -> Float[Tensor, "units concepts"]:
+    """Set the scores of units that never differ between images to NaN, in place."""
+    scores[units.dead().to(scores.device)] = torch.nan
+    return scores

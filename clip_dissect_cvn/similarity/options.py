@@ -1,0 +1,31 @@
+"""Checks of a similarity's options: each names the option, its value and what was expected."""
+
+from __future__ import annotations
+
+import math
+
+from ..errors import ArgumentError
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise ArgumentError unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{name} is {value!r}. Use a whole number of at least 1.")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise ArgumentError unless ``0 < value <= 1``."""
+    if not 0 < value <= 1:
+        raise ArgumentError(f"{name} is {value!r}. Use a number above 0 and at most 1.")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ArgumentError unless `value` is finite and above 0."""
+    if not 0 < value < math.inf:
+        raise ArgumentError(f"{name} is {value!r}. Use a finite number above 0.")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raise ArgumentError unless `value` is finite and at least 0."""
+    if not 0 <= value < math.inf:
+        raise ArgumentError(f"{name} is {value!r}. Use a finite number of at least 0.")
