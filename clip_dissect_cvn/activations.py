@@ -5,21 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 HIDDEN = {
-    *(
-        "ReLU",
-        "ReLU6",
-        "LeakyReLU",
-        "RReLU",
-        "ELU",
-        "CELU",
-        "SELU",
-        "Softplus",
-        "GELU",
-        "GELUTanh",
-        "QuickGELU",
-    ),
-    *("SiLU", "Swish", "SwishMe", "Hardswish", "HardSwish", "HardSwishMe", "Mish", "MishMe", "HardMish"),
-    *("HardMishMe", "LWTA"),
+    *("ReLU", "ReLU6", "LeakyReLU", "RReLU", "ELU", "CELU", "SELU", "Softplus", "GELU", "GELUTanh"),
+    *("QuickGELU", "SiLU", "Swish", "SwishMe", "Hardswish", "HardSwish", "HardSwishMe", "Mish", "MishMe"),
+    *("HardMish", "HardMishMe", "LWTA"),
 }
 """Classes that a hidden layer ends in: torch's, timm's, and others' of these names."""
 

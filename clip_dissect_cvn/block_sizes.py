@@ -29,6 +29,7 @@ def block_sizes(sites: Sites, competitors: Competitors) -> dict[Site, int]:
                 f"{_some(divisors(site.channels or 0))}, or leave it out with where=."
             )
     _check_division(sizes)
+    _check_functions(sites, sizes)
     return sizes
 
 
@@ -71,6 +72,17 @@ def _check_division(sizes: Mapping[Site, int]) -> None:
     raise SurgeryError(
         f"{first.name} has {channels} channels, which {size} competitors do not divide. {repair}{others}"
     )
+
+
+def _check_functions(sites: Sites, sizes: Mapping[Site, int]) -> None:
+    """Only their order tells the calls of a function in one forward apart, so all of them change or none."""
+    chosen = {site.path: site for site in sizes if site.function}
+    for site in sites:
+        if site.function and site.path in chosen and site not in sizes:
+            raise SurgeryError(
+                f"{site.name} is left alone, but {chosen[site.path].name} is not. "
+                f"Give competitors to all {site.calls} calls of {site.path}, or to none."
+            )
 
 
 def _some(numbers: list[int]) -> str:

@@ -1,7 +1,7 @@
-"""Where the channels of a tensor are, from the operation that made it: rules, one for each kind of operation.
+"""Where the channels of a tensor are, from the operation that made it: a rule for each kind of operation.
 
-Axes are counted from the end. A tensor whose channels have been split, into heads for instance, has several; None
-means that the operation does not tell.
+Axes are counted from the end. A tensor whose channels have been split, into heads for instance, has several;
+None means that the operation does not tell.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 Axes = frozenset[int] | None
+LAST = frozenset({-1})
 
 
 @dataclass(frozen=True)
 class Origin:
     """What is known of a tensor from how it came about.
 
-    `image`: it depends on the network's input. `pooled`: it has been averaged over all positions, since when it
-    went through the activation calls numbered in `pending`.
+    `image`: it depends on the network's input. `pooled`: it has been averaged over all positions, since when
+    it went through the activation calls numbered in `pending`.
     """
 
     axes: Axes = None
@@ -131,11 +132,23 @@ def _kept(operation: Operation, output: Tensor) -> Axes:
 
 
 def _last(operation: Operation, output: Tensor) -> Axes:
-    return frozenset({-1})
+    return LAST
 
 
 def _convolution(operation: Operation, output: Tensor) -> Axes:
     return frozenset({-1 - int(operation.name[-2])})
+
+
+def _normalised(operation: Operation, output: Tensor) -> Axes:
+    """Batch, group and instance norms are of the second axis, by definition."""
+    return frozenset({1 - output.ndim})
+
+
+def _last_unless_known(operation: Operation, output: Tensor) -> Axes:
+    """Layer norms have a weight for each feature of the last axis, if for no other."""
+    known = _broadcast(operation, output)
+    shape = operation.args[1] if len(operation.args) > 1 else operation.kwargs["normalized_shape"]
+    return known or (LAST if len(shape) == 1 else None)
 
 
 def _reshape(operation: Operation, output: Tensor) -> Axes:
@@ -193,9 +206,9 @@ def _stack(operation: Operation, output: Tensor) -> Axes:
 def _matmul(operation: Operation, output: Tensor) -> Axes:
     """Rows stay rows and columns stay columns; a product with constants along the channels makes new ones."""
     left, right = operation.sources[-2:]
-    if not right.origin.image and left.origin.axes == {-1}:
-        return frozenset({-1})
-    if not left.origin.image and right.origin.axes == {-2}:
+    if not right.origin.image and left.origin.axes == LAST:
+        return LAST
+    if not left.origin.image and right.origin.axes == frozenset({-2}):
         return frozenset({-2})
     rows, columns = left.origin.axes or frozenset(), right.origin.axes or frozenset()
     found = frozenset({-2} & rows) | frozenset(columns - {-2})
@@ -226,43 +239,37 @@ def _sizes(tensor: Tensor) -> list[tuple[int, int]]:
 STRIDES = (1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121)
 SIZES = (2, 3, 5, 7, 11, 13, 17, 19)
 
+
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
 RULES: dict[str, Callable[[Operation, Tensor], Axes]] = {
-    **dict.fromkeys(
-        ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"], _convolution
-    ),
-    **dict.fromkeys(["linear", "addmm", "bilinear", "embedding"], _last),
-    **dict.fromkeys(["matmul", "mm", "bmm", "baddbmm", "__matmul__"], _matmul),
-    **dict.fromkeys(
-        ["view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel"], _reshape
-    ),
-    **dict.fromkeys(
-        [
-            *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "H", "mH"),
-            *("select", "unbind", "narrow", "chunk", "split", "split_with_sizes", "tensor_split", "expand"),
-            *("expand_as", "unsafe_chunk", "unsafe_split", "broadcast_to", "transpose_"),
-        ],
-        _view,
-    ),
-    "__getitem__": _index,
-    **dict.fromkeys(
-        ["mean", "sum", "amax", "amin", "max", "min", "std", "var", "norm", "logsumexp", "prod", "nanmean"], _reduction
-    ),
-    "stack": _stack,
-    **dict.fromkeys(
-        [
-            *("cat", "concat", "concatenate", "pad", "constant_pad_nd", "interpolate", "upsample", "roll", "flip"),
-            *("repeat", "tile", "index_select", "gather", "pixel_shuffle", "pixel_unshuffle", "grid_sample"),
-            *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool2d"),
-            *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "max_pool2d_with_indices"),
-            *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "repeat_interleave"),
-            *("fft2", "ifft2", "rfft2", "irfft2", "fft_fft2", "fft_rfft2", "fft_irfft2"),
-        ],
-        _kept,
-    ),
+    **dict.fromkeys(_names("conv1d conv2d conv3d"), _convolution),
+    **dict.fromkeys(_names("conv_transpose1d conv_transpose2d conv_transpose3d"), _convolution),
+    **dict.fromkeys(_names("linear addmm bilinear embedding"), _last),
+    **dict.fromkeys(_names("batch_norm group_norm instance_norm"), _normalised),
+    **dict.fromkeys(_names("layer_norm rms_norm"), _last_unless_known),
+    **dict.fromkeys(_names("matmul mm bmm baddbmm __matmul__"), _matmul),
     "scaled_dot_product_attention": _attention,
-    **dict.fromkeys(["einsum", "tensordot", "sort", "argsort", "topk", "unfold", "fold", "cdist"], _unknown),
-}  # fmt: skip
+    **dict.fromkeys(_names("view reshape flatten unflatten squeeze unsqueeze"), _reshape),
+    **dict.fromkeys(_names("view_as reshape_as ravel"), _reshape),
+    **dict.fromkeys(_names("permute transpose swapaxes swapdims movedim moveaxis t T mT H mH"), _view),
+    **dict.fromkeys(_names("select unbind narrow chunk split split_with_sizes tensor_split"), _view),
+    **dict.fromkeys(_names("unsafe_chunk unsafe_split expand expand_as broadcast_to"), _view),
+    "__getitem__": _index,
+    **dict.fromkeys(_names("mean sum amax amin max min std var norm logsumexp prod nanmean"), _reduction),
+    "stack": _stack,
+    **dict.fromkeys(_names("cat concat concatenate pad interpolate upsample roll flip repeat tile"), _kept),
+    **dict.fromkeys(_names("index_select gather pixel_shuffle pixel_unshuffle grid_sample"), _kept),
+    **dict.fromkeys(_names("max_pool1d max_pool2d max_pool3d max_pool2d_with_indices"), _kept),
+    **dict.fromkeys(_names("avg_pool1d avg_pool2d avg_pool3d lp_pool2d repeat_interleave"), _kept),
+    **dict.fromkeys(_names("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"), _kept),
+    **dict.fromkeys(_names("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"), _kept),
+    **dict.fromkeys(_names("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2"), _kept),
+    **dict.fromkeys(_names("einsum tensordot sort argsort topk unfold fold cdist"), _unknown),
+}
 POOLING = {
-    *("mean", "sum", "amax", "max", "logsumexp", "norm"),
-    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d"),
+    *_names("mean sum amax max logsumexp norm avg_pool2d"),
+    *_names("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d"),
 }

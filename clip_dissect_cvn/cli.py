@@ -1,6 +1,6 @@
 """The command line: the only place that parses arguments and prints.
 
-Exit codes: 0 done, 1 a fault of ours, 2 bad input (the message says what and how to mend it), 130 interrupted.
+Exit codes: 0 done, 1 a fault of ours, 2 bad input (the message says how to mend it), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _add_describe(verbs: Any) -> None:
     parser = verbs.add_parser(
         "describe",
         help="name the units of a model",
-        description="Name the units of a model. Without flags: those of the embedded CVN on the embedded world.",
+        description="Name the units of a model. Without flags: the embedded CVN's, on the embedded world.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.set_defaults(run=run_describe)
@@ -203,7 +203,7 @@ def run_describe(arguments: argparse.Namespace) -> None:
     )
     if target.source.get("weights") == "random":
         _note(
-            f"{target.name} has RANDOM weights: its descriptions mean nothing. Name trained ones by --checkpoint."
+            f"{target.name} has RANDOM weights, so its descriptions mean nothing. Give trained ones: --checkpoint"
         )
     result = cvn.describe(
         target,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float16, Float32, Integer
@@ -12,7 +13,7 @@ from .errors import LayerError
 from .lwta import Competition, win_probability
 from .pooling import by_position
 
-READOUTS = ("draw", "mean", "expected")
+Readout = Literal["draw", "mean", "expected"]
 
 
 @dataclass(frozen=True, eq=False)

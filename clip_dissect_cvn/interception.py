@@ -34,10 +34,10 @@ def interceptions(
 
 
 class InterceptedForward:
-    """Stands in for the `forward` of `owner`: calls of a function in `children` go to the child of that name.
+    """Stands in for the `forward` of `owner`: calls of a function in `children` go to the child named there.
 
-    Only the calls that `owner` makes itself count: while a module with an intercepted forward of its own runs,
-    those `around` it are paused.
+    Only the calls that `owner` makes itself count: while a module with an intercepted forward of its own
+    runs, those `around` it are paused.
     """
 
     def __init__(self, owner: nn.Module) -> None:

@@ -31,7 +31,7 @@ class Competition:
     [0, competitors), that won each block; -1 where nobody could, because its probabilities are NaN.
     """
 
-    response: Float[Tensor, "images *shape"]
+    response: Float[Tensor, "*shape"]
     winner: Int64[Tensor, "images *positions blocks"]
 
 
@@ -46,10 +46,10 @@ class Referee(Protocol):
 
 
 class LWTA(nn.Module):
-    """Let blocks of `competitors` channels along `dim` compete, in the training form or by exact draws in eval.
+    """Let blocks of `competitors` channels along `dim` compete: the form for training, exact draws in eval.
 
-    It has no parameters and no buffers, so state dicts do not change. Shapes and errors are those of `lwta` and
-    `lwta_straight_through`.
+    It has no parameters and no buffers, so state dicts do not change. Shapes and errors are those of `lwta`
+    and `lwta_straight_through`.
 
     >>> LWTA(4).eval()(torch.ones(1, 8)).sum()
     tensor(2.)
@@ -93,9 +93,9 @@ def lwta(
     >>> lwta(torch.tensor([[3.0, -torch.inf, -torch.inf, -2.0]]), 2)
     tensor([[ 3.,  0.,  0., -2.]])
     """
-    shape = _blocks(h, competitors, dim).shape[:-1]
-    uniform = torch.empty(shape, device=h.device).uniform_(generator=generator)
-    return compete(h, competitors, dim=dim, uniform=uniform).response
+    blocks = _blocks(h, competitors, dim)
+    uniform = torch.empty(blocks.shape[:-1], device=h.device).uniform_(generator=generator)
+    return _unblocked(_response(blocks, *_draw(blocks, uniform)), h, dim)
 
 
 def compete(
@@ -115,15 +115,10 @@ def compete(
             f"uniform has the shape {tuple(uniform.shape)}, but the blocks of h have the shape "
             f"{tuple(blocks.shape[:-1])}. Pass one number for every block: (images, *positions, blocks)."
         )
-    with torch.no_grad():
-        cdf = _probabilities(blocks).cumsum_(-1)
-        total = cdf[..., -1:]
-        # total is 1 but for rounding; a number below 1 times total stays below it, so that a winner is found
-        winner = torch.searchsorted(cdf, uniform[..., None].to(cdf.dtype) * total, right=True)
-        nobody = total.isnan()
-        silence = cdf.mul_(0)
-    response = _response(blocks, winner.clamp(max=competitors - 1), silence)
-    return Competition(_unblocked(response, h, dim), winner.masked_fill(nobody, -1).squeeze(-1))
+    winner, silence = _draw(blocks, uniform)
+    nobody = silence[..., :1].isnan()
+    response = _unblocked(_response(blocks, winner, silence), h, dim)
+    return Competition(response, winner.masked_fill(nobody, -1).squeeze(-1))
 
 
 def lwta_max(h: Float[Tensor, "*shape"], competitors: int, *, dim: int = -1) -> Float[Tensor, "*shape"]:
@@ -149,12 +144,12 @@ def lwta_straight_through(
     temperature: float = 0.67,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """Draw every block's winner exactly, with the gradient of a relaxed draw: the form for training.
+    """Draw every block's winner exactly, with the gradient of a relaxed draw: for training.
 
     With g ~ Gumbel(0, 1), hard = onehot(argmax(h + g)) and soft = softmax((h + g) / temperature), the result
     is hard * h and its derivative hard + h * d(soft)/dh (Jang, Gu and Poole, "Categorical reparameterization
-    with Gumbel-softmax", ICLR 2017, section 2.2). Half-precision h competes in float32. Backward keeps h, soft
-    in h's dtype and the winners; it needs finite responses.
+    with Gumbel-softmax", ICLR 2017, section 2.2). Half-precision h competes in float32. Backward keeps h,
+    soft in h's dtype and the winners; its gradient is NaN in a block with a response of -inf.
 
     Raises ArgumentError as `lwta`, and when `temperature` is not positive.
     """
@@ -162,7 +157,7 @@ def lwta_straight_through(
     blocks = _blocks(h, competitors, dim)
     with torch.no_grad():
         soft = F.softmax(_perturbed(blocks, generator).mul_(1 / temperature), -1)
-        winner = soft.argmax(-1, keepdim=True)
+        winner = soft.max(-1, keepdim=True).indices
     return _unblocked(_StraightThrough.apply(blocks, soft.to(h.dtype), winner, temperature), h, dim)
 
 
@@ -218,6 +213,15 @@ def win_probability(
     return _unblocked(_probabilities(_blocks(h, competitors, dim)), h, dim)
 
 
+@torch.no_grad()
+def _draw(blocks: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert every block's CDF; return the winners and what the losers are set to, for `_response`."""
+    cdf = _probabilities(blocks).cumsum_(-1)
+    total = cdf[..., -1:]  # 1 but for rounding: a number below 1 times it stays below it, so somebody wins
+    winner = torch.searchsorted(cdf, uniform[..., None].to(cdf.dtype) * total, right=True)
+    return winner.clamp_(max=blocks.shape[-1] - 1), cdf.mul_(0)
+
+
 def _probabilities(blocks: Tensor) -> Tensor:
     return F.softmax(blocks, -1, dtype=_accurate(blocks))
 
@@ -232,9 +236,9 @@ def _perturbed(blocks: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _response(blocks: Tensor, winner: Tensor, silence: Tensor) -> Tensor:
-    """Return the winners' responses amid `silence`: 0, or NaN in the whole of a block that nobody can win."""
+    """Return the winners' responses amid `silence` (used up): 0, or NaN all over a block that nobody wins."""
     silence = silence.to(blocks.dtype)
-    return silence.scatter(-1, winner, blocks.gather(-1, winner) + silence[..., :1])
+    return silence.scatter_(-1, winner, blocks.gather(-1, winner) + silence[..., :1])
 
 
 def _blocks(h: Tensor, competitors: int, dim: int) -> Tensor:
@@ -247,7 +251,8 @@ def _blocks(h: Tensor, competitors: int, dim: int) -> Tensor:
             f"h has {channels} channels along dim {dim}, which {competitors} competitors do not divide. "
             f"Use one of {shown}."
         )
-    return h.movedim(dim, -1).unflatten(-1, (-1, competitors))
+    moved = h.movedim(dim, -1)
+    return moved.view(*moved.shape[:-1], channels // competitors, competitors)
 
 
 def _unblocked(blocks: Tensor, h: Tensor, dim: int) -> Tensor:

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from .appender import Appender
 from .artifacts import ClipFeatures, UnitActivations
-from .clip_features import Encoder, embed_concepts, embed_images
+from .clip_features import embed_concepts, embed_images
 from .concepts import ConceptSet
+from .encoders import Encoder
 from .errors import DataError, StoreError
 from .models import TargetModel
 from .probes import Batch, ProbeSet, stream
@@ -60,8 +61,8 @@ class Observer:
         text = self._embed(store, words, templates)
         clip, layers = self._clip_artifact(store), self._layer_artifacts(store)
         if not all(artifact.complete for artifact in (clip, *layers.values())):
-            store.require_space(self._bytes_needed(text.shape[1], [clip, *layers.values()]))
             with appending([clip, *layers.values()]) as (clip_rows, *layer_rows):
+                store.require_space(self._bytes_missing(text.shape[1], [clip_rows, *layer_rows]))
                 self._fill(clip_rows, dict(zip(layers, layer_rows, strict=True)))
         return self._load(clip, layers, text)
 
@@ -85,9 +86,10 @@ class Observer:
         shared = {**made, "probe": self.probe.name, "listing": self.probe.digest, **self.recorder.settings}
         return {name: store.artifact("units", {"layer": name, **shared}) for name in self.recorder.layers}
 
-    def _bytes_needed(self, width: int, artifacts: Sequence[Artifact]) -> int:
-        a_row = 4 * width + self.recorder.bytes_per_image + INDEX_BYTES * len(artifacts)
-        return a_row * len(self.probe)
+    def _bytes_missing(self, width: int, appenders: Sequence[Appender]) -> int:
+        """Bound what the artifacts will grow by: all of them by the images that the last of them lacks."""
+        images = len(self.probe) - min(rows.next_image for rows in appenders)
+        return images * (4 * width + self.recorder.bytes_per_image + INDEX_BYTES * len(appenders))
 
     def _fill(self, clip: Appender, layers: Mapping[str, Appender]) -> None:
         """Show both networks the images that they have not seen."""
@@ -141,8 +143,8 @@ class Observer:
         seen = clip.load()
         if "index" not in seen:
             raise DataError(
-                f"None of the {len(self.probe)} images of the probe set {self.probe.name!r} can be read; the first: "
-                f"{clip.notes[0]}. Check the files, or name another probe set."
+                f"None of the {len(self.probe)} images of the probe set {self.probe.name!r} can be read; the "
+                f"first: {clip.notes[0]}. Check the files, or name another probe set."
             )
         features = ClipFeatures(seen["embedding"], text, source={"digest": clip.digest})
         activations = (self._activations(name, layer, seen["index"]) for name, layer in layers.items())
@@ -152,7 +154,7 @@ class Observer:
         arrays = layer.load()
         if not torch.equal(arrays["index"], index):
             raise StoreError(
-                f"{layer.path} and CLIP's features are of different images, so a file changed while it was read. "
+                f"{layer.path} and CLIP's features are of different images: a file changed while it was read. "
                 "Remove both (clip-dissect-cvn cache prune) and run again."
             )
         return UnitActivations(

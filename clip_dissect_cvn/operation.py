@@ -27,8 +27,8 @@ class PerCall(nn.Module):
     def forward(self, x: Tensor) -> Any:
         if self.calls == len(self._modules):
             raise SurgeryError(
-                f"An activation was called more often than the {len(self._modules)} times that the dry run saw. "
-                "Restore, and replace again with an example that takes the same way through the model."
+                f"An activation was called more often than the {len(self._modules)} times that the dry run "
+                "saw. Restore, and replace again with an example that takes the same way through the model."
             )
         self.calls += 1
         return self.get_submodule(str(self.calls - 1))(x)

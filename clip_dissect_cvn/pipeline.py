@@ -15,13 +15,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from ._version import __version__
 from .concepts import ConceptSet, load_concepts
@@ -30,10 +31,9 @@ from .devices import resolve_device
 from .encoders import Encoder, load_encoder
 from .models import TargetModel, default_layers, load_model, wrap_model
 from .observation import Observer
-from .pooling import PoolMode, Tokens
 from .probes import ProbeSet, load_probe
-from .recording import Amp, Readout, Recorder
-from .similarity import Similarity, score
+from .recording import Recorder
+from .similarity import Progress, Similarity, as_similarity, score
 from .stopwatch import Stopwatch
 from .store import Store
 
@@ -45,15 +45,15 @@ def describe(
     concepts: str | Path | Sequence[str] | ConceptSet = "shapes",
     encoder: str | Path | Encoder = "embedded",
     layers: Sequence[str] | None = None,
-    similarity: str | Similarity = "soft_wpmi",
+    similarity: str | Similarity | Callable[..., Tensor] = "soft_wpmi",
     similarity_options: Mapping[str, Any] | None = None,
     templates: Sequence[str] = ("{}",),
-    pool_mode: PoolMode = "avg",
-    tokens: Tokens = "class",
+    pool_mode: str = "avg",
+    tokens: str = "class",
     seed: int = 0,
     draws: int = 1,
-    readout: Readout | None = None,
-    amp: Amp = "off",
+    readout: str | None = None,
+    amp: str = "off",
     batch_size: int = 200,
     workers: int = 0,
     device: str = "auto",
@@ -74,7 +74,8 @@ def describe(
     Source: CLIP-Dissect (Oikarinen and Weng, ICLR 2023) on CVNs (Panousis and Chatzis, NeurIPS 2023).
     """
     clock = Stopwatch()
-    options = dict(similarity_options or {})
+    entry = as_similarity(similarity)
+    options = entry.resolve(similarity_options or {})
     with clock("loading"):
         images = probe if isinstance(probe, ProbeSet) else load_probe(probe)
         words = concepts if isinstance(concepts, ConceptSet) else load_concepts(concepts)
@@ -84,18 +85,20 @@ def describe(
             target.module, layers or default_layers(target.module), pool_mode=pool_mode, tokens=tokens,
             seed=seed, draws=draws, readout=readout, amp=amp,
         )  # fmt: skip
+        target.module.to(where)
+        clip.to_(where)
         observer = Observer(images, clip, target, recorder, where, batch_size, workers, strict, progress)
     with _opened(activation_dir) as store:
         with clock("networks"):
             seen = observer.observe(store, words, templates)
         with clock("similarity"):
-            parts = [
-                describe_layer(
-                    score(similarity, seen.features, layer, device=where, seed=seed, **options),
-                    layer, words.words, top=top,
-                )
-                for layer in seen.activations
-            ]  # fmt: skip
+            parts = []
+            for layer in seen.activations:
+                with _progress_bar(f"{entry} of {layer.layer}", progress) as told:
+                    scores = score(
+                        entry, seen.features, layer, device=where, seed=seed, progress=told, **options
+                    )
+                parts.append(describe_layer(scores, layer, words.words, top=top))
     return combine(parts, {
         "version": __version__,
         "model": {"name": target.name, **target.source, "digest": target.digest},
@@ -104,7 +107,7 @@ def describe(
         "unreadable": seen.unreadable,
         "concepts": {**asdict(words), "words": len(words), "templates": templates, "digest": words.digest},
         "encoder": {"name": clip.name, "digest": clip.digest},
-        "similarity": {"name": str(similarity), **options},
+        "similarity": {"name": entry.name, **options},
         "device": str(where),
         "seconds": clock.seconds,
     })  # fmt: skip
@@ -123,3 +126,16 @@ def _opened(activation_dir: str | Path | None) -> Iterator[Store]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Store(folder)
+
+
+@contextmanager
+def _progress_bar(name: str, shown: bool) -> Iterator[Progress]:
+    with tqdm(
+        desc=name, bar_format="{desc}: {percentage:3.0f}%|{bar}|", disable=None if shown else True
+    ) as bar:
+
+        def tell(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield tell

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 from jaxtyping import Shaped
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from .errors import LayerError
 from .layers import Call
 
-POOL_MODES = ("avg", "max")
-TOKENS = ("class", "patches")
+PoolMode = Literal["avg", "max"]
+Tokens = Literal["class", "patches"]
 
 CLASS_TOKENS = {
     "cls_token": 0,  # timm: ViT, DeiT, EVA, BEiT, CaiT, ConViT, MViTv2, NaFlexViT, PiT, TNT, VOLO, XCiT

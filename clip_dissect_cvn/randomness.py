@@ -24,7 +24,7 @@ WORDS_PER_CALL = 4
 
 def uniforms(
     seed: int, *, images: Integer[Tensor, " images"], layer: str, draw: int, shape: tuple[int, ...]
-) -> Float[Tensor, "images *shape"]:
+) -> Float[Tensor, "images *positions blocks"]:
     """Return the uniform numbers that belong to these images, this layer and this draw.
 
     `shape` is one image's: ``(*positions, blocks)``. The result is float32 in [0, 1), multiples of 2^-24, on
@@ -44,7 +44,9 @@ def uniforms(
     calls = torch.arange(-(-size // WORDS_PER_CALL), device=images.device)
     counter = (calls, images.long()[:, None], calls.new_tensor(layer_id(layer)), calls.new_tensor(draw))
     words = torch.stack(philox(counter, (seed & WORD, seed >> 32)), dim=-1)
-    return words.flatten(1)[:, :size].bitwise_right_shift_(8).float().mul_(2**-24).reshape(-1, *shape)
+    return (
+        words.flatten(1)[:, :size].bitwise_right_shift_(8).float().mul_(2**-24).reshape(len(images), *shape)
+    )
 
 
 def layer_id(layer: str) -> int:
@@ -66,7 +68,7 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
         high_a, low_a = _multiply(a, MULTIPLIERS[0])
         high_c, low_c = _multiply(c, MULTIPLIERS[1])
         a, b, c, d = high_c ^ b ^ first, low_c, high_a ^ d ^ second, low_a
-    return torch.broadcast_tensors(a, b, c, d)  # type: ignore[return-value]
+    return a, b, c, d
 
 
 def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:

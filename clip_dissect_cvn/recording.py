@@ -10,20 +10,22 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from .errors import ArgumentError, LayerError, UnknownNameError
-from .gauges import READOUTS, Gauge, LayerPlan, Recorded, not_images
+from .gauges import Gauge, LayerPlan, Recorded, not_images
+from .gauges import Readout as Readout
 from .layers import Call, find_layers, resolve_layers
 from .lwta import LWTA, Competition
-from .pooling import POOL_MODES, TOKENS, grid_sizes, positions_to_read, token_layout
+from .pooling import PoolMode, Tokens, grid_sizes, positions_to_read, token_layout
 from .randomness import uniforms
 from .tracing import trace
 
+Amp = Literal["off", "bf16", "fp16"]
 AMP_TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,9 +59,9 @@ class Recorder:
         readout: str | None = None,
         amp: str = "off",
     ) -> None:
-        _check_choice("pool_mode", pool_mode, POOL_MODES)
-        _check_choice("tokens", tokens, TOKENS)
-        _check_choice("amp", amp, AMP_TYPES)
+        _check_choice("pool_mode", pool_mode, get_args(PoolMode))
+        _check_choice("tokens", tokens, get_args(Tokens))
+        _check_choice("amp", amp, get_args(Amp))
         calls = trace(model) if calls is None else calls
         self.model = model
         self.plans = plan_layers(model, resolve_layers(model, layers, calls), calls, tokens)
@@ -94,7 +96,7 @@ class Recorder:
         with ExitStack() as stack:
             stack.enter_context(_evaluating(self.model))
             for path, module in self._lwtas.items():
-                stack.callback(setattr, module, "referee", module.referee)
+                stack.callback(module.__dict__.pop, "referee")
                 module.referee = _Referee(self, path)
             for path in {plan.path for plan in self.plans.values() if plan.competitors is None}:
                 handle = self.model.get_submodule(path).register_forward_hook(partial(self._on_output, path))
@@ -176,7 +178,7 @@ def resolve_readout(readout: str | None, draws: int) -> str:
         raise ArgumentError(f"draws is {draws}, but at least one is needed. Use 1 or more.")
     if readout is None:
         return "draw" if draws == 1 else "mean"
-    _check_choice("readout", readout, READOUTS)
+    _check_choice("readout", readout, get_args(Readout))
     if readout == "draw" and draws > 1:
         raise ArgumentError(
             f"readout is 'draw', which is one draw, but draws is {draws}. Use readout 'mean'."

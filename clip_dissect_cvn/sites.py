@@ -15,10 +15,11 @@ from .tracing import default_example as default_example
 from .tracing import trace as trace
 
 ATTENTION_GATES = {
-    *("SEModule", "SqueezeExcite", "SqueezeExcitation", "SqueezeExciteCl", "EffectiveSEModule", "GlobalContext"),
-    *("GatherExcite", "ChannelAttn", "LightChannelAttn", "SpatialAttn", "CbamModule", "LightCbamModule", "EcaModule"),
-    *("CecaModule", "CoordAttn", "SimpleCoordAttn", "EfficientLocalAttn", "StripAttn", "SelectiveKernelAttn"),
-}  # fmt: skip
+    *("SEModule", "SqueezeExcite", "SqueezeExcitation", "SqueezeExciteCl", "EffectiveSEModule"),
+    *("GlobalContext", "GatherExcite", "ChannelAttn", "LightChannelAttn", "SpatialAttn", "CbamModule"),
+    *("LightCbamModule", "EcaModule", "CecaModule", "CoordAttn", "SimpleCoordAttn", "EfficientLocalAttn"),
+    *("StripAttn", "SelectiveKernelAttn"),
+}
 """Classes whose whole output multiplies a feature map: nothing in them is a hidden layer."""
 
 ATTENTION_KERNELS = {"LiteMLA"}
@@ -157,7 +158,7 @@ def _hindrance(module: nn.Module, call: Call, kind: str) -> str:
 
 
 def _all_calls_or_none(sites: list[Site]) -> Iterator[Site]:
-    """Leave alone all calls of a function in one forward if one is: they are told apart by their order only."""
+    """Leave alone all calls of a function in one forward if one is: only their order tells them apart."""
     held = {site.path: site for site in sites if site.function and site.reason}
     for site in sites:
         other = held.get(site.path)
@@ -175,9 +176,7 @@ def _ancestors(path: str) -> Iterator[str]:
 def _never_called(modules: dict[str, nn.Module], called: set[str]) -> Iterator[Site]:
     for path, module in modules.items():
         if path not in called and kind_of(module):
-            yield Site(
-                path, kind_of(module), None, None, reason="never called in a forward pass in eval mode"
-            )
+            yield Site(path, kind_of(module), None, None, hidden=False, reason="never called in eval mode")
 
 
 def _shown(number: int | None) -> str:

@@ -125,8 +125,9 @@ def _check_sites(model: nn.Module, sites: Sites, sizes: Mapping[Site, int]) -> N
         places = [] if site.function else _places(model, model.get_submodule(site.path))
         if len(places) > 1:
             raise SurgeryError(
-                f"{site.path} is one {site.kind} registered at {len(places)} places, {', '.join(places)}, so its "
-                "calls cannot be told apart. Give each place a module of its own, or leave it out with where=."
+                f"{site.path} is one {site.kind} registered at {len(places)} places, {', '.join(places)}, "
+                "so its calls cannot be told apart. Give each place a module of its own, or leave it out "
+                "with where=."
             )
 
 
@@ -147,10 +148,8 @@ def _build(model: nn.Module, calls: Sequence[Call], sites: Sites, sizes: Mapping
     for path in dict.fromkeys(site.path for site in sizes):
         here = [site for site in sites if site.path == path]
         entries += _entries_at(model, calls, here, layers)
-    entries += [
-        Entry(forward.owner, "__dict__", "forward", forward)
-        for forward in interceptions(model, calls, layers)
-    ]
+    forwards = interceptions(model, calls, layers)
+    entries += [Entry(forward.owner, "__dict__", "forward", forward) for forward in forwards]
     return Operation(entries, list(layers.values()))
 
 

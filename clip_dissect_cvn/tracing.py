@@ -1,13 +1,15 @@
-"""A dry run of a model on fake tensors: what it calls, in which order, and where the channels of each result are."""
+"""A dry run of a model on fake tensors: what it calls, in which order, and where the channels are."""
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from .channel_axis import Axes, Operation, Origin, Source, output_axes, pools
 from .errors import SurgeryError
 
 PRODUCTS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply", "multiply_"}
+BLANK = ("new_", "zeros_", "ones_", "full_", "empty_", "rand")
 SIZES = (224, 256, 64, 32, 299, 384, 512)
 
 
@@ -30,8 +33,8 @@ class Call:
 
     `kind` is the class of the module or the name of the `function`; `index` counts its calls.
     `shape` and `axis` are of the output, when it is one tensor; the axis is counted from the end, None where
-    what fed it does not tell. `image`: the result depends on the network's input. `gate`: it is computed from a
-    pooled tensor and multiplies one that is not pooled. `number` orders calls by their beginning, `within`
+    what fed it does not tell. `image`: the result depends on the network's input. `gate`: it is computed from
+    a pooled tensor and multiplies one that is not pooled. `number` orders calls by their beginning, `within`
     numbers the calls it is part of, outermost first.
     """
 
@@ -83,7 +86,8 @@ def _first_that_runs(model: nn.Module) -> tuple[Tensor, tuple[Call, ...]]:
             tried.append(tuple(example.shape))
     raise SurgeryError(
         f"{type(model).__name__} ran on no input of the shapes {', '.join(map(str, tried))}; the first said: "
-        f"{first_error.__cause__ if first_error else None!r}. Pass example, a batch of inputs as it takes them."
+        f"{first_error.__cause__ if first_error else None!r}. "
+        "Pass example, a batch of inputs as the model takes them."
     ) from first_error
 
 
@@ -93,19 +97,22 @@ def _placement(model: nn.Module) -> dict[str, Any]:
 
 
 def _likely_shapes(model: nn.Module) -> list[tuple[int, ...]]:
-    """List shapes of one input, the declared one first."""
+    """List shapes of one input, those that the model declares first."""
     first = next((m for m in model.modules() if hasattr(m, "in_channels") or hasattr(m, "in_features")), None)
     if isinstance(first, nn.Linear):
         return [(first.in_features,)]
-    channels = getattr(first, "in_channels", 3)
-    declared = [
+    declared = _config(model).get("input_size") or (3,)
+    sizes = [
         getattr(getattr(model, "patch_embed", None), "img_size", None),
         getattr(model, "image_size", None),
-        _config(model).get("input_size"),
     ]
-    sizes = [(value, value) if isinstance(value, int) else tuple(value)[-2:] for value in declared if value]
-    shapes = [(channels, *size) for size in (*sizes, *((size, size) for size in SIZES))]
-    return list(dict.fromkeys(shapes))
+    pairs = [
+        (size, size) if isinstance(size, int) else tuple(size)
+        for size in (*sizes, declared[1:], *SIZES)
+        if size
+    ]
+    channels = dict.fromkeys((declared[0], getattr(first, "in_channels", 3)))
+    return list(dict.fromkeys((count, *pair) for count in channels for pair in pairs))
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -114,24 +121,38 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def _dry_run(model: nn.Module, example: Tensor) -> tuple[Call, ...]:
+    twin = _copy(model)
+    if twin is not None:
+        with suppress(Exception):  # whatever fake tensors cannot do: the real run tells whose fault it is
+            return _run(twin, example, fake=True)
     try:
-        return _run(model, example, fake=True)
-    except Exception:  # whatever fake tensors cannot do: the real run tells whose fault it is
-        try:
-            return _run(model, example, fake=False)
-        except Exception as error:
-            raise SurgeryError(
-                f"{type(model).__name__} does not run on an input of shape {tuple(example.shape)}: {error!r}. "
-                "Pass example, a batch of inputs as it takes them."
-            ) from error
+        return _run(_copy(model) or model, example, fake=False)
+    except Exception as error:
+        raise SurgeryError(
+            f"{type(model).__name__} does not run on an input of shape {tuple(example.shape)}: "
+            f"{error!r}. Pass example, a batch of inputs as the model takes them."
+        ) from error
+
+
+@contextmanager
+def _no_log() -> Iterator[None]:
+    """Keep torch from logging what fake tensors cannot do: it is tried on real ones then."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _run(model: nn.Module, example: Tensor, *, fake: bool) -> tuple[Call, ...]:
-    model = _stand_in(model)
-    tracer = _Tracer(model)
+    tracer = _Tracer()
     with ExitStack() as stack:
         stack.enter_context(_own_random_state(example.device))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(_no_log())
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(tracer.listening(model))
         if fake:
             mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             example = mode.from_tensor(example)
@@ -140,13 +161,32 @@ def _run(model: nn.Module, example: Tensor, *, fake: bool) -> tuple[Call, ...]:
     return tracer.finished()
 
 
-def _stand_in(model: nn.Module) -> nn.Module:
-    """Copy a model but for its weights and buffers, so that nothing that a forward pass keeps is kept in it."""
+def _copy(model: nn.Module) -> nn.Module | None:
+    """Copy a model but for its weights and buffers, so that a forward pass keeps nothing in it.
+
+    None where that cannot be: an instance's own forward may hold on to the modules that it was made for.
+    """
+    if any(isinstance(vars(module).get("forward"), FunctionType) for module in model.modules()):
+        return None
     shared = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
+    try:
+        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    except Exception:  # deepcopy runs the code of whatever the model holds
+        return None
     for module in twin.modules():
         module._forward_hooks.clear()
     return twin
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager
@@ -159,7 +199,7 @@ def _own_random_state(device: torch.device) -> Iterator[None]:
 class _Tracer(TorchFunctionMode):
     """Follows origins from operation to operation, and notes calls."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.origins: Any = WeakTensorKeyDictionary()
         self.calls: list[Call] = []
@@ -167,9 +207,16 @@ class _Tracer(TorchFunctionMode):
         self.stack: list[tuple[str, int]] = []
         self.started = 0
         self.times: Counter[tuple[str, str]] = Counter()
-        for path, module in model.named_modules():
-            module.register_forward_pre_hook(partial(self._enter, path), prepend=True)
-            module.register_forward_hook(partial(self._leave, path))
+
+    @contextmanager
+    def listening(self, model: nn.Module) -> Iterator[None]:
+        """Hear of every module call."""
+        with ExitStack() as stack:
+            for path, module in model.named_modules():
+                enter, leave = partial(self._enter, path), partial(self._leave, path)
+                stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
+            yield
 
     def image(self, example: Tensor) -> Tensor:
         self.origins[example] = Origin(frozenset({-3}) if example.ndim == 4 else None, image=True)
@@ -203,14 +250,10 @@ class _Tracer(TorchFunctionMode):
         pooled = bool(image) and all(origin.pooled for origin in image)
         if not pooled and operation.name in PRODUCTS:
             self.gates.update(*(origin.pending for origin in image if origin.pooled))
-        starts = pools(operation, output)
-        pending = (
-            frozenset[int]().union(*(origin.pending for origin in image)) if pooled else frozenset[int]()
-        )
-        depends = bool(image) and not operation.name.startswith(
-            ("new_", "zeros_", "ones_", "full_", "empty_")
-        )
-        self.origins[output] = Origin(output_axes(operation, output), depends, pooled or starts, pending)
+        pending = frozenset[int]().union(*(origin.pending for origin in image if pooled))
+        depends = bool(image) and not operation.name.startswith(BLANK)
+        pooled = pooled or pools(operation, output)
+        self.origins[output] = Origin(output_axes(operation, output), depends, pooled, pending)
 
     def _assigned(self, sources: tuple[Source, ...]) -> None:
         """``x[...] = y``: x is made of y from now on."""

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Patch one model of every timm module and every torchvision classification family, run it, and undo it.
 
-Each family's representative is its smallest model, with random weights, in a process of its own with a time limit. It
-has to end in one of two ways: patched, run with one winner in every block, and restored to bit-identical outputs; or
-refused, with an error that says why.
+Each family's representative is its smallest model, with random weights, in a process of its own with a time
+limit. It has to end in one of two ways: patched, run with one winner in every block, and restored to
+bit-identical outputs; or refused, with an error that says why.
 
     python scripts/survey_models.py --markdown docs/survey.md --json survey.json
     python scripts/survey_models.py --only 'timm/vi*'
-    python scripts/survey_models.py --choose          # find the smallest models again (takes half an hour)
+    python scripts/survey_models.py --choose          # find the smallest models again (takes an hour)
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def main() -> int:
     chosen = json.loads(CHOSEN.read_text())
     rows = []
     for family in sorted(name for name in chosen if fnmatch(name, options.only)):
-        rows.append({"family": family, "model": chosen[family], **apart(family, chosen[family], options.seconds)})
+        rows.append(
+            {"family": family, "model": chosen[family], **apart(family, chosen[family], options.seconds)}
+        )
         print(line(rows[-1]), flush=True)
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
@@ -64,7 +66,9 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="*", help="glob of families, such as 'timm/vi*'")
     parser.add_argument("--markdown", help="write docs/survey.md's page here")
     parser.add_argument("--json", help="write all rows here")
@@ -79,14 +83,20 @@ def parse() -> argparse.Namespace:
 def choose() -> Iterator[tuple[str, str]]:
     """Name the smallest model of every family."""
     for module in timm.list_modules():
-        yield f"timm/{module}", min(timm.list_models(module=module), key=lambda name: parameters(timm.create_model, name))
+        yield (
+            f"timm/{module}",
+            min(timm.list_models(module=module), key=lambda name: parameters(timm.create_model, name)),
+        )
     families: dict[str, list[str]] = {}
     for name in torchvision.models.list_models(module=torchvision.models):
         home = torchvision.models.get_model_builder(name).__module__
         if home.startswith("torchvision."):
             families.setdefault(home.rpartition(".")[2], []).append(name)
     for family, names in families.items():
-        yield f"torchvision/{family}", min(names, key=lambda name: parameters(torchvision.models.get_model, name))
+        yield (
+            f"torchvision/{family}",
+            min(names, key=lambda name: parameters(torchvision.models.get_model, name)),
+        )
 
 
 def parameters(create: Any, name: str) -> float:
@@ -193,7 +203,7 @@ def same(one: Any, other: Any) -> bool:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[None]:
-    """Check that every competition is called once, and has one winner in each block that passes its response."""
+    """Check that every competition is called once, and passes the response of one winner in each block."""
     seen: Counter[str] = Counter()
 
     def check(layer: LWTA, inputs: tuple[Tensor], output: Tensor, *, name: str) -> None:
@@ -202,20 +212,25 @@ def watched(model: nn.Module) -> Iterator[None]:
         won = y != 0
         lost_to_zero = ~won.any(-1) & (h == 0).any(-1)
         assert torch.equal(y[won], h[won]), f"{name} does not pass the winner's response"
-        assert ((won.sum(-1) == 1) | lost_to_zero | y.isnan().any(-1)).all(), f"{name} has not one winner a block"
+        assert ((won.sum(-1) == 1) | lost_to_zero | y.isnan().any(-1)).all(), (
+            f"{name} has not one winner a block"
+        )
 
     layers = lwta_layers(model)
     handles = [
-        layer.register_forward_hook(lambda *call, name=name: check(*call, name=name)) for name, layer in layers.items()
+        layer.register_forward_hook(lambda *call, name=name: check(*call, name=name))
+        for name, layer in layers.items()
     ]
     yield
     for handle in handles:
         handle.remove()
-    assert seen == dict.fromkeys(layers, 1), f"not called once: {[name for name in layers if seen[name] != 1]}"
+    assert seen == dict.fromkeys(layers, 1), (
+        f"not called once: {[name for name in layers if seen[name] != 1]}"
+    )
 
 
 def confirms(model: nn.Module, example: Tensor) -> dict[str, bool]:
-    """Hold the channels of each site against the features that the layer before it declares, where they are told."""
+    """Hold the channels of each site against the features that the layer before it declares, if it does."""
     calls = trace(model, example)
     modules = dict(model.named_modules())
     declared: dict[tuple[int, ...], int] = {}
@@ -225,8 +240,12 @@ def confirms(model: nn.Module, example: Tensor) -> dict[str, bool]:
         module, site = modules[call.path], sites.get((call.path, call.index))
         if site is not None and not call.function and call.shape in declared:
             found[site.name] = declared[call.shape] == site.channels
-            assert found[site.name], f"{site.name} has {site.channels} channels, fed with {declared[call.shape]}"
-        features = next((getattr(module, name) for name in FEATURES if isinstance(getattr(module, name, None), int)), None)
+            assert found[site.name], (
+                f"{site.name} has {site.channels} channels, fed with {declared[call.shape]}"
+            )
+        features = next(
+            (getattr(module, name) for name in FEATURES if isinstance(getattr(module, name, None), int)), None
+        )
         if features is not None and not call.function and not list(module.children()):
             declared = {call.shape: features}
     return found
@@ -247,17 +266,23 @@ def line(row: dict[str, Any]) -> str:
 def page(rows: list[dict[str, Any]]) -> str:
     results = Counter(row["result"] for row in rows)
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
-    head = INTRODUCTION.format(**{"OK": 0, "refused": 0, "FAULT": 0, **results}, all=len(rows), versions=versions)
-    table = ["| family | model | replaced | result | left alone (why) or refused (why) |", "| --- | --- | --- | --- | --- |"]
+    head = INTRODUCTION.format(
+        **{"OK": 0, "refused": 0, "FAULT": 0, **results}, all=len(rows), versions=versions
+    )
+    table = [
+        "| family | model | replaced | result | left alone (why) or refused (why) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     return "\n".join([head, *table, *map(line, rows), ""])
 
 
 INTRODUCTION = """# Survey: which models can be patched
 
-One model of every timm module and of every torchvision classification family, the smallest, with random weights: {OK} of {all} are
-patched, run with exactly one winner in every block, and restored to bit-identical outputs; {refused} are refused, for the reason told;
-{FAULT} do anything else. Blocks are of 2 units, or of the smallest number that divides the channels. Where a layer that declares its
-features feeds an activation directly, the channel axis was held against it. With {versions}.
+One model of every timm module and of every torchvision classification family, the smallest, with random weights:
+{OK} of {all} are patched, run with exactly one winner in every block, and restored to bit-identical outputs; {refused} are
+refused, for the reason told; {FAULT} do anything else. Blocks are of 2 units, or of the smallest number that divides the
+channels. Where a layer that declares its features feeds an activation directly ({confirmed} of {replaced} sites), the channel
+axis was held against it. With {versions}.
 
 Written by `python scripts/survey_models.py --markdown docs/survey.md`.
 """

@@ -103,7 +103,9 @@ class ClassLearner(nn.Module):
 
     def loss(self, pixels: Tensor, truths: list[Truth], lots: np.random.Generator) -> Tensor:
         labels = torch.tensor([CLASSES.index(f"{truth.colour} {truth.shape}") for truth in truths])
-        return F.cross_entropy(self.network(VIT_NORM(pixels)), labels)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.network(VIT_NORM(pixels)).float()
+        return F.cross_entropy(logits, labels)
 
     def weights(self) -> dict[str, Tensor]:
         return half(self.network)
@@ -111,18 +113,21 @@ class ClassLearner(nn.Module):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, for how many steps, on how many images, and Muon's peak learning rate."""
+    """What is trained, for how many steps, and on how many images.
+
+    The learning rate starts again every `cycle` steps, so a longer training begins as a shorter one.
+    """
 
     learner: Callable[[], ClipLearner | ClassLearner]
     steps: int
+    cycle: int
     images: int
-    muon: float
 
 
 RECIPES = {
-    "clip": Recipe(ClipLearner, steps=2500, images=50_000, muon=3e-3),
-    "cvn": Recipe(lambda: ClassLearner(build_cvn()), steps=3000, images=150_000, muon=1e-2),
-    "gelu": Recipe(lambda: ClassLearner(build_vit()), steps=3000, images=150_000, muon=1e-2),
+    "clip": Recipe(ClipLearner, steps=2500, cycle=2500, images=50_000),
+    "cvn": Recipe(lambda: ClassLearner(build_cvn()), steps=6000, cycle=3000, images=150_000),
+    "gelu": Recipe(lambda: ClassLearner(build_vit()), steps=6000, cycle=3000, images=150_000),
 }
 
 
@@ -136,13 +141,13 @@ def train(name: str, *, work: Path, out: Path, steps: int | None = None, images:
     steps = steps or recipe.steps
     with lots_of(-1):
         learner = recipe.learner()
-    optimisers = build_optimisers(learner, recipe.muon)
+    optimisers = build_optimisers(learner)
     pool = rendered_pool(work, images or recipe.images)
-    state = work / f"{name}_{steps}.pt"
+    state = work / f"{name}.pt"
     start = resume(state, learner, optimisers)
     bar = tqdm(range(start, steps), desc=name, initial=start, total=steps)
     for step in bar:
-        loss = update(learner, optimisers, pool, step, steps)
+        loss = update(learner, optimisers, pool, step, recipe.cycle)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save(state, step + 1, learner, optimisers)
@@ -151,18 +156,18 @@ def train(name: str, *, work: Path, out: Path, steps: int | None = None, images:
 
 
 def update(
-    learner: ClipLearner | ClassLearner, optimisers: list[Optimizer], pool: Pool, step: int, steps: int
+    learner: ClipLearner | ClassLearner, optimisers: list[Optimizer], pool: Pool, step: int, cycle: int
 ) -> float:
     """Take one step; all that is drawn by lot in it is a function of SEED and `step`."""
     lots = np.random.Generator(np.random.Philox(key=[SEED, step]))
     learner.train()
     with lots_of(step):
         loss = learner.loss(*pool.batch(lots), lots)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
     for optimiser in optimisers:
         for group in optimiser.param_groups:
-            group["lr"] = group["peak"] * pace(step / steps)
+            group["lr"] = group["peak"] * pace(step % cycle / cycle)
         optimiser.step()
         optimiser.zero_grad()
     return loss.item()
@@ -175,12 +180,12 @@ def pace(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
-def build_optimisers(learner: nn.Module, muon_rate: float) -> list[Optimizer]:
+def build_optimisers(learner: nn.Module) -> list[Optimizer]:
     """Muon for the matrices of the transformer blocks, AdamW for the rest."""
     named = list(learner.named_parameters())
     matrices = [value for name, value in named if value.ndim == 2 and "blocks." in name]
     others = [value for name, value in named if not (value.ndim == 2 and "blocks." in name)]
-    muon = torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.02)
+    muon = torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.02)
     adam = torch.optim.AdamW(others, lr=1e-3, weight_decay=0.02)
     for optimiser in (muon, adam):
         for group in optimiser.param_groups:

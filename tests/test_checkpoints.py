@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -103,6 +103,7 @@ def test_reads_an_old_pickle_protocol(tmp_path: Path) -> None:
     assert list(read_state_dict(path)) == ["a.weight"]
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.sampled_from(["module.", "_orig_mod."]), max_size=4))
 def test_strips_wrappers_in_any_order(wrappers: list[str]) -> None:
     state = {"module_list.0.weight": torch.ones(2), "a_orig_mod.b": torch.zeros(1)}

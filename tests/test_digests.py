@@ -1,16 +1,14 @@
-"""Digests tell apart what differs, and agree on what does not, in any process."""
+"""Digests tell apart what differs, and agree on what does not (in any process: see test_models)."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -45,11 +43,13 @@ plain = st.recursive(
 )
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(st.text(), plain))
 def test_does_not_depend_on_the_order_of_keys(parts: dict[str, object]) -> None:
     assert digest_of(parts) == digest_of(dict(reversed(parts.items())))
 
 
+@settings(max_examples=40, deadline=None)
 @given(plain, plain)
 def test_equal_only_for_what_is_equal(one: object, other: object) -> None:
     assert (digest_of(one) == digest_of(other)) == (repr(sorted_keys(one)) == repr(sorted_keys(other)))
@@ -90,13 +90,3 @@ def test_a_file_by_its_content(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     a, b, c = (digest_of_file(tmp_path / name) for name in "abc")
     assert a == b != c
-
-
-def test_the_same_in_another_process() -> None:
-    code = (
-        "from pathlib import Path; import torch; from clip_dissect_cvn.digests import digest_of;"
-        "print(digest_of({'s': {'x', 'y', 'z'}, 't': torch.arange(5), 'p': Path('a/b'), 'f': 0.1}))"
-    )
-    here = digest_of({"f": 0.1, "p": Path("a/b"), "t": torch.arange(5), "s": {"z", "y", "x"}})
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert there.stdout.strip() == here

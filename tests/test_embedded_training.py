@@ -116,7 +116,7 @@ def test_the_pace_warms_up_and_ends_at_nothing(script: ModuleType) -> None:
 
 def test_every_matrix_of_the_blocks_and_nothing_else_goes_to_muon(script: ModuleType) -> None:
     network = build_cvn()
-    muon, adam = script.build_optimisers(script.ClassLearner(network), 1e-2)
+    muon, adam = script.build_optimisers(script.ClassLearner(network))
     counts = [sum(len(group["params"]) for group in optimiser.param_groups) for optimiser in (muon, adam)]
     assert counts == [4 * 4, len(list(network.parameters())) - 4 * 4]
 

@@ -14,13 +14,12 @@ import pytest
 import timm
 import torch
 import torchvision
-from clip_dissect_cvn.surgery import lwta_layers, replace_activations_
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip_dissect_cvn import models, upstream
-from clip_dissect_cvn.digests import digest_of_state
+from clip_dissect_cvn.digests import digest_of, digest_of_state
 from clip_dissect_cvn.errors import ArgumentError, CheckpointError, PluginError, UnknownNameError
 from clip_dissect_cvn.lwta import LWTA
 from clip_dissect_cvn.models import (
@@ -31,6 +30,7 @@ from clip_dissect_cvn.models import (
     register_model,
     wrap_model,
 )
+from clip_dissect_cvn.surgery import lwta_layers, replace_activations_
 
 DEITS = {"t": ("deit_tiny_patch16_224", (2, 8, 16, 24)), "s": ("deit_small_patch16_224", (2, 12, 16))}
 CVNS = {f"cvn_deit_{size}{u}": (parent, u, 12) for size, (parent, choices) in DEITS.items() for u in choices}
@@ -207,10 +207,13 @@ def test_the_digest_names_what_decides_the_activations(deit: TargetModel, tmp_pa
     assert len({deit.digest, *(other.digest for other in others)}) == 5
 
 
-def test_the_digest_is_the_same_in_another_process(deit: TargetModel) -> None:
-    code = "from clip_dissect_cvn.models import load_model; print(load_model('cvn_deit_t16').digest)"
+def test_digests_are_the_same_in_another_process(deit: TargetModel) -> None:
+    code = (
+        "from clip_dissect_cvn.digests import digest_of; from clip_dissect_cvn.models import load_model;"
+        "print(load_model('cvn_deit_t16').digest, digest_of({'names': {'x', 'y', 'z'}, 'rate': 0.1}))"
+    )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert there.stdout.strip() == deit.digest
+    assert there.stdout.split() == [deit.digest, digest_of({"rate": 0.1, "names": {"z", "y", "x"}})]
 
 
 def test_a_checkpoint_decides_the_number_of_classes(tmp_path: Path) -> None:
@@ -388,9 +391,31 @@ def test_default_layers_are_the_last_hidden_one_and_the_head(deit: TargetModel) 
     assert default_layers(deit.module) == ["blocks.11.mlp.act", "head"]
     assert default_layers(timm.create_model("test_vit")) == ["blocks.5.mlp.act", "head"]
     assert default_layers(timm.create_model("test_vit", num_classes=0)) == ["blocks.5.mlp.act"]
-    assert default_layers(timm.create_model("deit_tiny_distilled_patch16_224"))[1] == "head"
-    assert default_layers(torchvision.models.vit_b_16())[1] == "heads.head"
+    assert default_layers(torchvision.models.squeezenet1_1()) == ["classifier.2"]
     assert default_layers(nn.Sequential(nn.Flatten(), nn.Linear(12, 2))) == ["1"]
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.relu(self.conv(images))
+
+
+def test_default_layers_where_the_activation_is_a_function() -> None:
+    module = nn.Sequential(Functional(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    assert default_layers(module) == ["0", "3"]
+
+
+def test_default_layers_of_a_network_without_any() -> None:
+    with pytest.raises(ArgumentError) as caught:
+        default_layers(nn.Sequential(nn.Conv2d(3, 4, 1)))
+    assert str(caught.value) == (
+        "Sequential has no hidden activation and no linear head that can be told from its modules. "
+        "Name the layers to dissect."
+    )
 
 
 def test_default_layers_of_a_network_that_calls_one_relu_twice() -> None:

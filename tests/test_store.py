@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import errno
+import logging
 import multiprocessing
 import random
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -60,9 +62,8 @@ def batches(start: int, size: int = BATCH) -> Iterator[tuple[Tensor, int, list[d
         )
 
 
-def work(appender: Appender, *, size: int = BATCH, pause: float = 0.0) -> None:
-    for indices, stop, notes in batches(min(appender.next_image, IMAGES), size):
-        time.sleep(pause)
+def work(appender: Appender) -> None:
+    for indices, stop, notes in batches(min(appender.next_image, IMAGES)):
         appender.append(rows(indices), stop, notes, indices=indices)
     appender.finish({"images": IMAGES})
 
@@ -204,7 +205,7 @@ def on_a_full_disk(path: Path, offset: int, chunks: Iterable[bytes]) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("number", range(1, WRITES, 6))
+@pytest.mark.parametrize("number", range(1, WRITES, 9))
 @pytest.mark.parametrize("fail", [before_writing, after_writing, on_a_full_disk])
 def test_failing_at_any_write_loses_nothing(
     store: Store, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, fail: Write, number: int
@@ -236,22 +237,41 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["clip_dissect_cvn.store", "hypothesis", "pytest"])
 
 
-def slow_run(root: Path, started: Any) -> None:
+def telling_run(root: Path, told: Any) -> None:
+    """Commit every batch, telling of each write that begins."""
+    write = appending_module._write_from
+
+    def telling(path: Path, offset: int, chunks: Iterable[bytes]) -> None:
+        told.send(path.name)
+        write(path, offset, chunks)
+
+    appending_module._write_from = telling
     appending_module.COMMIT_SECONDS = 0.0
     with Store(root).artifact("units", PARTS).append() as appender:
-        started.send(appender.next_image)
-        work(appender, pause=0.003)
+        told.send(appender.next_image)
+        work(appender)
 
 
-def test_killed_at_random_points_it_ends_bit_identical(tmp_path: Path, expected: dict[str, bytes]) -> None:
+def start_telling(root: Path) -> tuple[Any, Any]:
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=telling_run, args=(root, theirs))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_writes_it_ends_bit_identical(
+    tmp_path: Path, expected: dict[str, bytes], seed: int
+) -> None:
     artifact = Store(tmp_path / "killed").artifact("units", PARTS)
-    chance, starts = random.Random(0), []
+    chance, starts = random.Random(seed), []
     while not artifact.complete:
-        ours, theirs = FORK.Pipe()
-        process = FORK.Process(target=slow_run, args=(tmp_path / "killed", theirs))
-        process.start()
-        starts.append(ours.recv())
-        process.join(timeout=chance.uniform(0, 0.04) if len(starts) < 30 else None)
+        process, told = start_telling(tmp_path / "killed")
+        starts.append(told.recv())
+        with suppress(EOFError):
+            for _ in range(chance.randint(6, 20)):
+                told.recv()
         process.kill()
         process.join()
     assert starts[0] == 0
@@ -327,16 +347,24 @@ def test_a_file_that_the_system_cuts_short_is_a_store_error(tmp_path: Path) -> N
     )
 
 
-def test_waiting_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_says_that_it_waits_and_goes_on_when_the_other_dies(tmp_path: Path) -> None:
     ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=slow_run, args=(tmp_path, theirs))
+    process = FORK.Process(target=hold, args=(tmp_path, theirs))
     process.start()
     ours.recv()
-    with Store(tmp_path).artifact("units", PARTS).append() as appender:
-        assert appender.complete
-        work(appender)
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+            process.kill()
+
+    log, listener = logging.getLogger("clip_dissect_cvn.store"), Listener()
+    log.addHandler(listener)
+    complete(Store(tmp_path).artifact("units", PARTS))
+    log.removeHandler(listener)
     process.join()
-    assert "Another run is writing" in caplog.text
+    assert len(said) == 1 and said[0].startswith("Another run is writing")
 
 
 # damage ----------------------------------------------------------------------------------------------------

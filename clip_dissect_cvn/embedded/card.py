@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models import load_model
+from ..recording import Readout
 from .dissection import clip_features, judge
 from .encoder import embedded_encoder
 from .measures import DRAWS, class_accuracy, held_out, zero_shot_accuracies
@@ -17,7 +18,7 @@ from .probe import ShapesProbe
 Figures = Mapping[str, Any]
 HELD_OUT = 4_000
 NETWORKS = ("cvn_embedded_vit", "embedded_vit")
-READOUTS = (
+READOUTS: tuple[tuple[str, Readout, int], ...] = (
     ("cvn_embedded_vit", "draw", 1),
     ("cvn_embedded_vit", "mean", DRAWS),
     ("cvn_embedded_vit", "expected", 1),

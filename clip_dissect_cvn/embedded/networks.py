@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from ..clip_encoder import clip_preprocess
-from ..lwta import LWTA
 from ..openai_clip import import_clip
+from ..surgery import replace_activations_
 from .renderer import SIDE
 from .world import CLASSES
 
@@ -51,7 +51,6 @@ def build_vit(*, num_classes: int = len(CLASSES)) -> VisionTransformer:
         depth=4,
         num_heads=3,
         num_classes=num_classes,
-        weight_init="jax",
     )
     model.pretrained_cfg = model.default_cfg = VIT_CONFIGURATION
     return model
@@ -59,10 +58,7 @@ def build_vit(*, num_classes: int = len(CLASSES)) -> VisionTransformer:
 
 def build_cvn(*, num_classes: int = len(CLASSES)) -> VisionTransformer:
     """Build the same network with LWTA in place of every GELU: same parameters, same names."""
-    model = build_vit(num_classes=num_classes)
-    for block in model.blocks:
-        block.mlp.act = LWTA(COMPETITORS)
-    return model
+    return replace_activations_(build_vit(num_classes=num_classes), COMPETITORS)
 
 
 def load_vit(model: VisionTransformer, name: str) -> VisionTransformer:

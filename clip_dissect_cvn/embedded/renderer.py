@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -109,7 +110,7 @@ def _painted(
     return background * (1 - covered) + _single(INK) * (covered - coloured) + pigment * coloured
 
 
-def _single(numbers: npt.ArrayLike) -> Array:
+def _single(numbers: Sequence[int] | npt.NDArray[Any]) -> Array:
     return np.asarray(numbers, dtype=np.float32)
 
 

@@ -10,13 +10,14 @@ from .cosine import cos_similarity, cos_similarity_cubed
 from .entry import SIMILARITIES, Progress, Similarity, register_similarity
 from .jensen_shannon import jensen_shannon
 from .rank_reorder import rank_reorder
-from .scoring import memory, score
+from .scoring import as_similarity, memory, score
 from .wpmi import soft_wpmi, wpmi
 
 __all__ = [
     "SIMILARITIES",
     "Progress",
     "Similarity",
+    "as_similarity",
     "cos_similarity",
     "cos_similarity_cubed",
     "jensen_shannon",

@@ -9,17 +9,17 @@ from torch import Tensor
 from ..artifacts import ClipFeatures, UnitActivations
 from .entry import Progress, register_similarity
 from .inputs import (
+    TINY,
     ConceptMatrix,
     Device,
+    as_norms,
     concept_matrix,
     mask_dead,
     moments,
     pieces,
+    squares,
     unit_activations,
-    unit_norms,
 )
-
-TINY = torch.finfo(torch.float32).tiny
 
 
 @torch.no_grad()
@@ -41,10 +41,14 @@ def cos_similarity(
     """
     matrix = concept_matrix(clip_feats, device)
     units = unit_activations(unit_acts, matrix)
-    scores = matrix.weighted(units)
-    scores /= unit_norms(units).to(device).clamp_min_(TINY)[:, None]
-    scores /= matrix.norms().clamp_min_(TINY)
-    return mask_dead(scores, units)
+    sums = torch.zeros(units.units, matrix.basis.shape[1], device=device)
+    unit_squares = torch.zeros(units.units, dtype=torch.float64)
+    for rows in pieces(matrix.shape[0], sum(sums.shape)):
+        q = units.response[rows].to(device, torch.float32)
+        sums.addmm_(q.T, matrix.basis[rows].to(device, torch.float32))
+        unit_squares += squares(q)
+    sums /= as_norms(unit_squares, device)[:, None]
+    return mask_dead(matrix.expand(sums).div_(matrix.norms()), units)
 
 
 @torch.no_grad()
@@ -59,8 +63,7 @@ def cos_similarity_cubed(
 
     Shapes (images concepts), (images units) -> (units concepts), in [-1, 1]; NaN for a dead unit, 0 for a
     concept that never differs between images. Free of the scale of the activations, where CLIP-Dissect's
-    floor of 1e-3 on the norms is not. Source: CLIP-Dissect (Oikarinen and Weng, 2023), its equation of
-    "cos similarity cubed".
+    floor of 1e-3 on the norms is not. Source: CLIP-Dissect (Oikarinen and Weng, 2023).
     """
     matrix = concept_matrix(clip_feats, device)
     units = unit_activations(unit_acts, matrix)
@@ -74,8 +77,8 @@ def _cubed(
     unit_mean, unit_scale = (moment.to(device, torch.float32) for moment in moments(units))
     concept_mean = matrix.mean()
     scores = torch.zeros(units.units, concepts, device=device)
-    squares = torch.zeros(concepts, device=device, dtype=torch.float64)
-    unit_squares = torch.zeros(units.units, device=device, dtype=torch.float64)
+    concept_squares = torch.zeros(concepts, dtype=torch.float64)
+    unit_squares = torch.zeros(units.units, dtype=torch.float64)
     for rows in pieces(images, 4 * concepts):
         q = (
             units.response[rows]
@@ -86,12 +89,12 @@ def _cubed(
         )
         values = matrix.block(rows).sub_(concept_mean).pow_(3)
         scores.addmm_(q.T, values)
-        squares += torch.linalg.vector_norm(values, dim=0).double().square_()
-        unit_squares += torch.linalg.vector_norm(q, dim=0).double().square_()
+        concept_squares += squares(values)
+        unit_squares += squares(q)
         if progress:
             progress(rows.stop, images)
-    scores /= unit_squares.sqrt_().float().clamp_min_(TINY)[:, None]
-    return scores.div_(squares.sqrt_().float().clamp_min_(TINY))
+    scores /= as_norms(unit_squares, device)[:, None]
+    return scores.div_(as_norms(concept_squares, device))
 
 
 register_similarity("cos_similarity", factored=cos_similarity, version="1")(cos_similarity)

@@ -24,11 +24,12 @@ HANDED_OVER = ("device", "seed", "progress")
 class Similarity:
     """A named way to compare units with concepts.
 
-    `function` takes the concept activation matrix P (images concepts) and the unit activations (images units),
-    and returns (units concepts). `factored`, where there is one, takes `ClipFeatures` and `UnitActivations`
-    instead, so that P need not be formed. Both take the same keyword options. `version` goes into the digest of
-    the scores: change it when the function gives other numbers; the default is a digest of its source.
-    `remarks` tells, from the number of images and the options, what will differ from what was asked.
+    `function` takes the concept activation matrix P (images concepts) and the unit activations (images
+    units), and returns (units concepts). `factored`, where there is one, takes `ClipFeatures` and
+    `UnitActivations` instead, so that P need not be formed. Both take the same keyword options. `version`
+    goes into the digest of the scores: change it when the function gives other numbers; the default is a
+    digest of its source. `remarks` tells, from the number of images and the options, what will differ from
+    what was asked.
     """
 
     name: str
@@ -69,10 +70,17 @@ class Similarity:
         }
 
     def resolve(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Fill in the defaults; raises UnknownNameError for an option there is none of, ArgumentError for one left out."""
+        """Fill in the defaults.
+
+        Raises UnknownNameError for an option there is none of, ArgumentError for one left out.
+        """
         known = self.options()
         unknown = [name for name in given if name not in known]
         if unknown and not self.takes_any_option:
+            if not known:
+                raise ArgumentError(
+                    f"{self.name} has no options, but was given {unknown[0]!r}. Leave it out."
+                )
             raise UnknownNameError(f"option of {self.name}", unknown[0], known)
         resolved = {**known, **given}
         missing = [name for name, value in resolved.items() if value is inspect.Parameter.empty]

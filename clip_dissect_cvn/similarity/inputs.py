@@ -17,6 +17,8 @@ from ..errors import ArgumentError
 BLOCK = 1 << 26
 """Numbers held at once by one step (268 MB as float32); results do not depend on it beyond rounding."""
 
+TINY = torch.finfo(torch.float32).tiny
+
 Device: TypeAlias = str | torch.device
 Rows: TypeAlias = slice | Tensor
 
@@ -40,14 +42,18 @@ class StoredMatrix:
         """Average every concept over the images."""
         return _mean(self.values).to(self.device, torch.float32)
 
-    def weighted(self, units: UnitActivations) -> Float[Tensor, "units concepts"]:
-        """Compute q^T P."""
-        return _product(units, self.values, self.device)
+    @property
+    def basis(self) -> Float[Tensor, "images concepts"]:
+        """What a sum over the images runs over."""
+        return self.values
+
+    def expand(self, sums: Float[Tensor, "units concepts"]) -> Float[Tensor, "units concepts"]:
+        """Turn sums over the basis into sums over P."""
+        return sums
 
     def norms(self) -> Float[Tensor, " concepts"]:
-        """Compute |P_m|, the norm of every concept over the images."""
-        blocks = (self.block(rows) for rows in pieces(*self.shape))
-        return _sum(block.double().square_().sum(0) for block in blocks).sqrt_().float()
+        """Compute |P_m|, the norm of every concept over the images, kept above 0."""
+        return as_norms(_sum(squares(self.block(rows)) for rows in pieces(*self.shape)), self.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,35 +75,44 @@ class FactoredMatrix:
 
     def mean(self) -> Float[Tensor, " concepts"]:
         """Average every concept over the images."""
-        return (self.concepts.double() @ _mean(self.images)).to(self.device, torch.float32)
+        return (self.concepts.cpu().double() @ _mean(self.images)).to(self.device, torch.float32)
 
-    def weighted(self, units: UnitActivations) -> Float[Tensor, "units concepts"]:
-        """Compute q^T P as (q^T I) T^T."""
-        return _product(units, self.images, self.device) @ self.concepts.to(self.device, torch.float32).T
+    @property
+    def basis(self) -> Float[Tensor, "images width"]:
+        """What a sum over the images runs over: q^T P = (q^T I) T^T."""
+        return self.images
+
+    def expand(self, sums: Float[Tensor, "units width"]) -> Float[Tensor, "units concepts"]:
+        """Turn sums over the basis into sums over P."""
+        return sums @ self.concepts.to(self.device, torch.float32).T
 
     def norms(self) -> Float[Tensor, " concepts"]:
-        """Compute |P_m|, the norm of every concept over the images, as sqrt(t_m^T (I^T I) t_m)."""
+        """Compute |P_m|, the norm of every concept over the images, kept above 0: sqrt(t_m^T (I^T I) t_m)."""
         blocks = (self.images[rows].to(self.device, torch.float32) for rows in pieces(*self.images.shape))
         gram = _sum(block.T @ block for block in blocks)
         concepts = self.concepts.to(self.device, torch.float32)
-        return torch.linalg.vecdot(concepts @ gram, concepts).clamp_min_(0).sqrt_()
+        squared: Tensor = torch.linalg.vecdot(concepts @ gram, concepts)
+        return squared.clamp_min_(0).sqrt_().clamp_min_(TINY)
+
+
+def squares(block: Float[Tensor, "rows some"]) -> Float64[Tensor, " some"]:
+    """Sum the squares of every column, to be added up over blocks (on the CPU: some devices lack float64)."""
+    norms: Tensor = torch.linalg.vector_norm(block, dim=0)
+    return norms.cpu().double().square_()
+
+
+def as_norms(sums: Float64[Tensor, " some"], device: Device) -> Float[Tensor, " some"]:
+    """Take the root of sums of squares, kept above 0 so that one can divide by it."""
+    return sums.sqrt().float().clamp_min_(TINY).to(device)
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
-    return reduce(Tensor.add_, terms)
+    return reduce(torch.add, terms)
 
 
 def _mean(values: Float[Tensor, "images width"]) -> Float64[Tensor, " width"]:
-    return _sum(values[rows].sum(0, dtype=torch.float64) for rows in pieces(*values.shape)) / len(values)
-
-
-def _product(
-    units: UnitActivations, right: Float[Tensor, "images width"], device: Device
-) -> Float[Tensor, "units width"]:
-    terms = pieces(len(right), max(units.units, right.shape[1]))
-    return _sum(
-        units.response[rows].to(device, torch.float32).T @ right[rows].to(device, torch.float32)
-        for rows in terms
+    return _sum(values[rows].cpu().sum(0, dtype=torch.float64) for rows in pieces(*values.shape)) / len(
+        values
     )
 
 
@@ -160,17 +175,11 @@ def top_images(
     return torch.cat([top.values for top in tops], dim=1), torch.cat([top.indices for top in tops], dim=1)
 
 
-def unit_norms(units: UnitActivations) -> Float[Tensor, " units"]:
-    """Compute |q_k| over the images."""
-    parts = [
-        torch.linalg.vector_norm(response, dim=0, dtype=torch.float64) for _, response in unit_columns(units)
-    ]
-    return torch.cat(parts).float()
-
-
 def moments(units: UnitActivations) -> tuple[Float64[Tensor, " units"], Float64[Tensor, " units"]]:
     """Average every unit over the images, and its standard deviation (divided by the number of images)."""
-    parts = [torch.var_mean(response.double(), dim=0, correction=0) for _, response in unit_columns(units)]
+    parts = [
+        torch.var_mean(response.cpu().double(), dim=0, correction=0) for _, response in unit_columns(units)
+    ]
     return torch.cat([mean for _, mean in parts]), torch.cat([variance for variance, _ in parts]).sqrt()
 
 

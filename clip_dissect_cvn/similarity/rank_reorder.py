@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..artifacts import ClipFeatures, UnitActivations
 from .entry import Progress, register_similarity
-from .inputs import Device, concept_matrix, mask_dead, pieces, top_images, unit_activations
-from .options import check_count, check_not_negative, check_positive, check_share
+from .inputs import BLOCK, TINY, Device, concept_matrix, mask_dead, pieces, top_images, unit_activations
+from .options import Number, check_count, check_not_negative, check_positive, check_share
 
 FEWEST_IMAGES = 2
 SMALLEST_MEAN = 1e-4
 CONCEPTS_AT_ONCE = 256
+"""So many that one unit's sort keys stay in the processor's cache."""
 
 
 @torch.no_grad()
@@ -25,9 +26,9 @@ def rank_reorder(
     clip_feats: Float[Tensor, "images concepts"] | ClipFeatures,
     unit_acts: Float[Tensor, "images units"] | UnitActivations,
     *,
-    p: float = 3,
-    top_fraction: float = 0.05,
-    scale_p: float = 0.5,
+    p: Number = 3,
+    top_fraction: Number = 0.05,
+    scale_p: Number = 0.5,
     permutations: int = 5,
     seed: int = 0,
     device: Device = "cpu",
@@ -35,14 +36,14 @@ def rank_reorder(
 ) -> Float[Tensor, "units concepts"]:
     """Rate how little a unit's activations change when its strongest images are reordered by a concept.
 
-    Over the unit's n = top_fraction * images strongest images: the mean |difference|^p between the activations
-    and the same put in the concept's order, over the mean for `permutations` random orders, divided by the
-    concept's mean value on those images to the power `scale_p`, and negated.
+    Over the unit's n = top_fraction * images strongest images: the mean |difference|^p between the
+    activations and the same put in the concept's order, over the mean for `permutations` random orders,
+    divided by the concept's mean value on those images to the power `scale_p`, and negated.
 
     Shapes (images concepts), (images units) -> (units concepts), at most 0; NaN for a dead unit. All units
     share the random orders, which depend on `seed` and n only. At least two images are compared; a unit whose
-    strongest images are all alike counts as ordered at random by every concept; a mean value below 1e-4 counts
-    as 1e-4. Raises ArgumentError for an option out of range.
+    strongest images are all alike counts as ordered at random by every concept; a mean value below 1e-4
+    counts as 1e-4. Raises ArgumentError for an option out of range.
     Source: CLIP-Dissect (Oikarinen and Weng, 2023), rank reorder.
     """
     check_positive("p", p)
@@ -54,7 +55,7 @@ def rank_reorder(
     top = _strongest(units, _count(matrix.shape[0], top_fraction), device)
     chance = _chance(top.values, p, permutations, seed)
     scores = torch.empty(units.units, matrix.shape[1], device=device)
-    for part in pieces(matrix.shape[1], 4 * len(top.images)):
+    for part in pieces(matrix.shape[1], max(8 * len(top.images), BLOCK // CONCEPTS_AT_ONCE)):
         block = matrix.block(top.images, part)
         error = torch.where(chance > 0, _errors(block, top, p) / chance, 1.0)
         mean = torch.nn.functional.embedding_bag(top.row, block, mode="mean")
@@ -64,7 +65,7 @@ def rank_reorder(
     return mask_dead(scores.neg_(), units)
 
 
-def _count(images: int, top_fraction: float) -> int:
+def _count(images: int, top_fraction: Number) -> int:
     return min(images, max(FEWEST_IMAGES, int(images * top_fraction)))
 
 
@@ -72,7 +73,7 @@ def _count(images: int, top_fraction: float) -> int:
 class Strongest:
     """Every unit's strongest images: `images` are those of all units, `row` says which of them are whose.
 
-    `values` are the activations, descending.
+    `values` are the activations, descending, scaled to at most 1 in size so that no power of them underflows.
     """
 
     images: Int64[Tensor, " needed"]
@@ -83,11 +84,12 @@ class Strongest:
 def _strongest(units: UnitActivations, count: int, device: Device) -> Strongest:
     values, index = top_images(units, count)
     images, row = torch.unique(index.T, return_inverse=True)
-    return Strongest(images, row.to(device), values.T.contiguous().to(device))
+    values = values.T / values.abs().amax(dim=0).clamp_min_(TINY)[:, None]
+    return Strongest(images, row.to(device), values.contiguous().to(device))
 
 
 def _chance(
-    values: Float[Tensor, "units top"], p: float, permutations: int, seed: int
+    values: Float[Tensor, "units top"], p: Number, permutations: int, seed: int
 ) -> Float[Tensor, "units 1"]:
     """Mean |difference|^p between the activations and themselves in random orders."""
     generator = torch.Generator().manual_seed(seed)
@@ -97,15 +99,15 @@ def _chance(
 
 
 def _errors(
-    block: Float[Tensor, "needed concepts"], top: Strongest, p: float
+    block: Float[Tensor, "needed concepts"], top: Strongest, p: Number
 ) -> Float[Tensor, "units concepts"]:
     """Mean |difference|^p between the activations and themselves in each concept's order."""
-    keys = _ordered_as_integers(block).T.contiguous()
+    keys = _ordered_as_integers(block)
     ascending = top.values.flip(1)
     payload = top.values.view(torch.int32).long() & 0xFFFFFFFF
     errors = torch.empty(len(top.row), block.shape[1], device=block.device)
     for unit in range(len(top.row)):
-        packed = keys.index_select(1, top.row[unit]).bitwise_or_(payload[unit])
+        packed = keys.index_select(0, top.row[unit]).T.contiguous().bitwise_or_(payload[unit])
         reordered = _sort(packed).to(torch.int32).view(torch.float32)
         errors[unit] = reordered.sub_(ascending[unit]).abs_().pow_(p).mean(1)
     return errors
@@ -118,7 +120,7 @@ def _ordered_as_integers(values: Float[Tensor, "needed concepts"]) -> Int64[Tens
 
 
 def _sort(keys: Int64[Tensor, "concepts top"]) -> Int64[Tensor, "concepts top"]:
-    """Sort every row; NumPy's sort of integers is vectorised and some 20 times faster than torch's on a CPU."""
+    """Sort every row; NumPy's sort of integers is vectorised, 20 times as fast as torch's on a CPU."""
     if keys.device.type != "cpu":
         return keys.sort(dim=1).values
     keys.numpy().sort(axis=1)

@@ -27,13 +27,13 @@ def score(
 ) -> Scores:
     """Rate how well each concept describes each unit of a layer.
 
-    `similarity` is a registered name, an entry, or a function of (clip_feats, unit_acts, **options); without a
-    factored form the function gets P whole (`memory` tells what that takes). Returns scores (units concepts) on
-    the CPU, NaN for dead units. `progress` is called with what is done and what there is in all.
+    `similarity` is a registered name, an entry, or a function of (clip_feats, unit_acts, **options); without
+    a factored form the function gets P whole (`memory` tells what that takes). Returns scores (units
+    concepts) on the CPU, NaN for dead units. `progress` is called with what is done and what there is in all.
 
     Raises UnknownNameError for an unknown similarity or option, ArgumentError for an option out of range, for
-    other images in the two inputs, or for NaN or infinity in them, and PluginError for a function that returns
-    something else than finite scores of the live units.
+    other images in the two inputs, or for NaN or infinity in them, and PluginError for a function that does
+    not return scores of that shape, without NaN for live units.
     """
     entry = as_similarity(similarity)
     resolved = entry.resolve(options)
@@ -46,8 +46,9 @@ def score(
     values = _call(entry, features, activations, device, {**resolved, **handed})
     dead = activations.dead().cpu()
     _check_result(entry, values, dead, (activations.units, len(features.concepts)))
-    values = values.detach().to("cpu", torch.float32).clone()
-    values[dead] = torch.nan
+    values = values.detach().to("cpu", torch.float32).contiguous()
+    if dead.any():
+        values = values.masked_fill(dead[:, None], torch.nan)
     return Scores(activations.layer, values, dead, _source(entry, resolved, handed, features, activations))
 
 
@@ -93,9 +94,9 @@ def _call(
 
 def _check_finite(values: Float[Tensor, "images channels"], what: str) -> None:
     for rows in pieces(*values.shape):
-        finite = torch.isfinite(values[rows])
-        if not finite.all():
-            row, column = (~finite).nonzero()[0].tolist()
+        if values[rows].sum().isfinite():  # then every term is, and this is the cheapest way to know
+            continue
+        for row, column in (~torch.isfinite(values[rows])).nonzero()[:1].tolist():
             raise ArgumentError(
                 f"{what} hold {float(values[rows][row, column])} (row {rows.start + row}, column {column}). "
                 "Only finite numbers can be compared: check the network and its precision."

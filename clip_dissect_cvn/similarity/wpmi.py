@@ -31,7 +31,7 @@ from .inputs import (
     top_images,
     unit_activations,
 )
-from .options import check_count, check_not_negative, check_positive
+from .options import Number, check_count, check_not_negative, check_positive
 
 DIGITS = 37
 """Decimal digits that a product of factors may span: float32 is normal from 1.2e-38 to 3.4e38."""
@@ -45,9 +45,9 @@ def wpmi(
     unit_acts: Float[Tensor, "images units"] | UnitActivations,
     *,
     top_k: int = 28,
-    a: float = 2.0,
-    lam: float = 0.6,
-    min_prob: float = 1e-7,
+    a: Number = 2.0,
+    lam: Number = 0.6,
+    min_prob: Number = 1e-7,
     device: Device = "cpu",
     progress: Progress | None = None,
 ) -> Float[Tensor, "units concepts"]:
@@ -75,11 +75,11 @@ def soft_wpmi(
     unit_acts: Float[Tensor, "images units"] | UnitActivations,
     *,
     top_k: int = 100,
-    a: float = 10.0,
-    lam: float = 1.0,
-    min_prob: float = 1e-7,
-    p_start: float = 0.998,
-    p_end: float = 0.97,
+    a: Number = 10.0,
+    lam: Number = 1.0,
+    min_prob: Number = 1e-7,
+    p_start: Number = 0.998,
+    p_end: Number = 0.97,
     device: Device = "cpu",
     progress: Progress | None = None,
 ) -> Float[Tensor, "units concepts"]:
@@ -109,7 +109,7 @@ def _count(top_k: int, matrix: ConceptMatrix) -> int:
 
 
 def _mutual_information(
-    likelihood: Float[Tensor, "units concepts"], lam: float
+    likelihood: Float[Tensor, "units concepts"], lam: Number
 ) -> Float[Tensor, "units concepts"]:
     marginal = torch.logsumexp(likelihood, dim=0) - math.log(len(likelihood))
     return likelihood.sub_(marginal, alpha=lam)
@@ -119,8 +119,8 @@ def _log_likelihood(
     matrix: ConceptMatrix,
     units: UnitActivations,
     weights: Float64[Tensor, " count"],
-    a: float,
-    min_prob: float,
+    a: Number,
+    min_prob: Number,
     progress: Progress | None,
 ) -> Float[Tensor, "units concepts"]:
     """Sum log(1 + p_i (C_im - 1) + min_prob) over every unit's top images."""
@@ -162,7 +162,7 @@ class Groups:
 def _grouped(
     unit: Int64[Tensor, " pairs"], row: Int64[Tensor, " pairs"], offset: Float64[Tensor, " pairs"], rows: int
 ) -> Groups:
-    """Cut each unit's pairs (they come sorted by unit) into groups; an empty place is 0 + 1, a factor of 1."""
+    """Cut each unit's pairs (they come sorted by unit) into groups; an empty one counts as 1."""
     size = _group_size(offset)
     sizes = torch.bincount(unit)
     groups = (sizes + size - 1) // size
