@@ -1,4 +1,4 @@
-"""Competitive Vision Networks for CLIP-Dissect: swap LWTA into vision models and name their units in words."""
+"""Competitive Vision Networks for CLIP-Dissect: put LWTA into vision models, name their units in words."""
 
 from ._version import __version__
 from .artifacts import ClipFeatures, Scores, UnitActivations

@@ -202,9 +202,7 @@ def run_describe(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     if target.source.get("weights") == "random":
-        _note(
-            f"{target.name} has RANDOM weights, so its descriptions mean nothing. Give trained ones: --checkpoint"
-        )
+        _note(f"{target.name} has RANDOM weights: its descriptions mean nothing. Give some by --checkpoint")
     result = cvn.describe(
         target,
         probe=cvn.load_probe(

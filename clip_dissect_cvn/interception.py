@@ -34,7 +34,7 @@ def interceptions(
 
 
 class InterceptedForward:
-    """Stands in for the `forward` of `owner`: calls of a function in `children` go to the child named there.
+    """`run` stands in for the `forward` of `owner`: its calls of functions go to the `children` named there.
 
     Only the calls that `owner` makes itself count: while a module with an intercepted forward of its own
     runs, those `around` it are paused.
@@ -51,7 +51,7 @@ class InterceptedForward:
         """Let calls made here not count as calls of the forwards around."""
         self.around += [other for other in others if other not in self.around]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         with self._alone(), _Substitution(self):
             if self.inner is not None:
                 return self.inner(*args, **kwargs)

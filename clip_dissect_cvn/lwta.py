@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ class Competition:
     winner: Int64[Tensor, "images *positions blocks"]
 
 
+@runtime_checkable
 class Referee(Protocol):
     """Decides the draws of an LWTA module and sees what came of them; there is one only while recording."""
 

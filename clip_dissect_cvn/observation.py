@@ -154,7 +154,7 @@ class Observer:
         arrays = layer.load()
         if not torch.equal(arrays["index"], index):
             raise StoreError(
-                f"{layer.path} and CLIP's features are of different images: a file changed while it was read. "
+                f"{layer.path} and CLIP's features are of other images: a file changed while it was read. "
                 "Remove both (clip-dissect-cvn cache prune) and run again."
             )
         return UnitActivations(

@@ -66,9 +66,10 @@ def describe(
 
     `layers` are module paths or globs; unless given, the last hidden layer and the classifier head. `seed`
     decides the draws of LWTA layers, whatever the `batch_size`; `draws`, `readout`, `pool_mode`, `tokens` and
-    `amp` are `Recorder`'s, `similarity_options` the similarity's, such as ``{"top_k": 50}``. What the networks
-    compute is kept in `activation_dir` and used by every later run that would compute the same; unless given,
-    it is a temporary folder. With `strict`, an image that cannot be read is an error.
+    `amp` are `Recorder`'s, `similarity_options` the similarity's, such as ``{"top_k": 50}``.
+
+    What the networks compute is kept in `activation_dir` and used by every later run that would compute the
+    same; unless given, that is a temporary folder. With `strict`, an image that cannot be read is an error.
 
     Raises the errors of `clip_dissect_cvn.errors` for anything it cannot use.
     Source: CLIP-Dissect (Oikarinen and Weng, ICLR 2023) on CVNs (Panousis and Chatzis, NeurIPS 2023).

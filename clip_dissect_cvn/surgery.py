@@ -5,6 +5,7 @@ Find, build everything, then attach: whatever fails before the last step leaves 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -51,7 +52,10 @@ def replace_activations_(
     sites = filtered(model, sites_among(model, calls), where)
     sizes = block_sizes(sites, competitors)
     _check_sites(model, sites, sizes)
-    _build(model, calls, sites, sizes).attach(model)
+    operation = _build(model, calls, sites, sizes)
+    operation.attach(model)
+    if any(site.function for site in sizes):
+        _check_children(model, operation, example)
     return model
 
 
@@ -131,6 +135,22 @@ def _check_sites(model: nn.Module, sites: Sites, sizes: Mapping[Site, int]) -> N
             )
 
 
+def _check_children(model: nn.Module, operation: Operation, example: Tensor | None) -> None:
+    """Undo an operation that adds children to a module which runs all the children that it has."""
+    names = lwta_layers(model)
+    try:
+        runs = Counter(call.path for call in trace(model, example))
+        extra = [name for name, layer in names.items() if layer in operation.layers and runs[name] != 1]
+    except SurgeryError:
+        extra = list(names)
+    if extra:
+        operation.detach(model)
+        raise SurgeryError(
+            f"{type(model).__name__} calls activation functions in a module that also runs all its children, "
+            f"so {extra[0]} cannot be added. Make the activation a module, or leave it out with where=."
+        )
+
+
 def _places(model: nn.Module, wanted: nn.Module) -> list[str]:
     """List the paths that a module is registered at; another path to its holder does not count."""
     return [
@@ -149,7 +169,7 @@ def _build(model: nn.Module, calls: Sequence[Call], sites: Sites, sizes: Mapping
         here = [site for site in sites if site.path == path]
         entries += _entries_at(model, calls, here, layers)
     forwards = interceptions(model, calls, layers)
-    entries += [Entry(forward.owner, "__dict__", "forward", forward) for forward in forwards]
+    entries += [Entry(forward.owner, "__dict__", "forward", forward.run) for forward in forwards]
     return Operation(entries, list(layers.values()))
 
 

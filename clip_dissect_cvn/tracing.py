@@ -99,9 +99,8 @@ def _placement(model: nn.Module) -> dict[str, Any]:
 def _likely_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     """List shapes of one input, those that the model declares first."""
     first = next((m for m in model.modules() if hasattr(m, "in_channels") or hasattr(m, "in_features")), None)
-    if isinstance(first, nn.Linear):
-        return [(first.in_features,)]
-    declared = _config(model).get("input_size") or (3,)
+    vector = [(first.in_features,)] if isinstance(first, nn.Linear) else []
+    declared = _config(model).get("input_size", ())
     sizes = [
         getattr(getattr(model, "patch_embed", None), "img_size", None),
         getattr(model, "image_size", None),
@@ -111,8 +110,9 @@ def _likely_shapes(model: nn.Module) -> list[tuple[int, ...]]:
         for size in (*sizes, declared[1:], *SIZES)
         if size
     ]
-    channels = dict.fromkeys((declared[0], getattr(first, "in_channels", 3)))
-    return list(dict.fromkeys((count, *pair) for count in channels for pair in pairs))
+    channels = dict.fromkeys((*declared[:1], getattr(first, "in_channels", 3)))
+    images = dict.fromkeys((count, *pair) for count in channels for pair in pairs)
+    return [*images, *vector] if declared else [*vector, *images]
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 import clip_dissect_cvn as cvn
 from clip_dissect_cvn.cli import _underscored, build_parser
+from clip_dissect_cvn.embedded import render
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if path.exists()]
@@ -26,7 +26,8 @@ def _world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("photos/dog", "broden1_224/images"):
         Path(folder).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(f"{folder}/1.jpg")
+        for i in range(4):
+            render(0, i)[0].save(f"{folder}/{i}.jpg")
     Path("words.txt").write_text("dog\n\ncat\n")
     for registry in (cvn.PROBES, cvn.CONCEPTS, cvn.ENCODERS, cvn.MODELS, cvn.SIMILARITIES):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))  # type: ignore[attr-defined]

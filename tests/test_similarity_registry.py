@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor
 from clip_dissect_cvn.artifacts import ClipFeatures, UnitActivations
 from clip_dissect_cvn.errors import ArgumentError, PluginError, UnknownNameError
 from clip_dissect_cvn.similarity import SIMILARITIES, Similarity, memory, register_similarity, score
+from clip_dissect_cvn.similarity.options import check_count, check_not_negative, check_positive, check_share
 
 FEATURES = ClipFeatures(torch.eye(6, 5), torch.eye(4, 5), source={"encoder": "tiny"})
 ACTIVATIONS = UnitActivations("fc", torch.arange(18.0).reshape(6, 3) % 7, source={"seed": 0})
@@ -127,6 +128,16 @@ def test_a_dead_unit_needs_no_care_from_a_plugin() -> None:
     assert scores.values[[0, 2]].isfinite().all()
 
 
+def test_a_plugin_may_change_what_it_is_given() -> None:
+    def greedy(clip_feats: Tensor, unit_acts: Tensor) -> Tensor:
+        return unit_acts.sub_(1).T @ clip_feats.mul_(2)
+
+    before = ACTIVATIONS.response.clone()
+    first = score(greedy, FEATURES, ACTIVATIONS).values
+    assert torch.equal(ACTIVATIONS.response, before)
+    assert torch.equal(score(greedy, FEATURES, ACTIVATIONS).values, first)
+
+
 def test_an_unknown_similarity() -> None:
     known = ", ".join(SIMILARITIES)
     with raises(
@@ -160,11 +171,8 @@ def test_an_option_without_a_default() -> None:
     ("name", "options", "message"),
     [
         ("wpmi", {"top_k": 0}, "top_k is 0. Use a whole number of at least 1."),
-        ("soft_wpmi", {"top_k": 2.5}, "top_k is 2.5. Use a whole number of at least 1."),
-        ("wpmi", {"top_k": True}, "top_k is True. Use a whole number of at least 1."),
         ("wpmi", {"a": 0}, "a is 0. Use a finite number above 0."),
         ("wpmi", {"a": float("nan")}, "a is nan. Use a finite number above 0."),
-        ("wpmi", {"a": "2"}, "a is '2'. Use a finite number above 0."),
         ("wpmi", {"min_prob": 0}, "min_prob is 0. Use a finite number above 0."),
         ("soft_wpmi", {"lam": -1}, "lam is -1. Use a finite number of at least 0."),
         ("soft_wpmi", {"p_end": 0}, "p_start is 0.998 and p_end 0. Use 0 < p_end <= p_start <= 1."),
@@ -180,6 +188,19 @@ def test_an_option_without_a_default() -> None:
 def test_an_option_out_of_range(name: str, options: dict[str, Any], message: str) -> None:
     with raises(ArgumentError, message):
         score(name, FEATURES, ACTIVATIONS, **options)
+
+
+@pytest.mark.parametrize("value", [2.5, True, "3", None])
+def test_a_count_that_is_no_whole_number(value: object) -> None:
+    with raises(ArgumentError, f"top_k is {value!r}. Use a whole number of at least 1."):
+        check_count("top_k", value)
+
+
+@pytest.mark.parametrize("check", [check_share, check_positive, check_not_negative])
+@pytest.mark.parametrize("value", ["2", True, None])
+def test_a_number_that_is_none(check: Callable[[str, object], None], value: object) -> None:
+    with pytest.raises(ArgumentError, match=rf"^a is {value!r}\. Use a "):
+        check("a", value)
 
 
 def test_other_images_in_the_two_inputs() -> None:
@@ -238,6 +259,15 @@ def test_a_plugin_that_returns_no_tensor() -> None:
     who = f"The similarity 'silent' ({__name__}.{silent.__qualname__})"
     with raises(PluginError, f"{who} returned NoneType; expected a tensor (units concepts) = (3, 4)."):
         score(silent, FEATURES, ACTIVATIONS)  # type: ignore[arg-type]
+
+
+def test_a_plugin_that_fails() -> None:
+    def wrong(clip_feats: Tensor, unit_acts: Tensor) -> Tensor:
+        raise KeyError("top_k")
+
+    who = f"The similarity 'wrong' ({__name__}.{wrong.__qualname__})"
+    with raises(PluginError, f"{who} failed: KeyError('top_k'). Mend that function."):
+        score(wrong, FEATURES, ACTIVATIONS)
 
 
 def test_a_plugin_that_returns_nan() -> None:

@@ -16,13 +16,6 @@ from clip_dissect_cvn.errors import SurgeryError
 from clip_dissect_cvn.sites import Site, default_example, find_sites, trace
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
-SWIN = {
-    "img_size": 56,
-    "window_size": 7,
-    "embed_dim": 24,
-    "num_heads": (2, 2, 2, 2),
-    "depths": (2, 1, 1, 1),
-}
 
 
 def sites_of(name: str, **options: Any) -> dict[str, Site]:
@@ -45,17 +38,19 @@ def test_a_vit_has_one_site_in_every_mlp() -> None:
 
 
 def test_a_swin_sees_channels_last() -> None:
-    found = competing(sites_of("swin_tiny_patch4_window7_224", **SWIN))
+    options = {"img_size": 56, "window_size": 7, "depths": (2, 1), "num_heads": (2, 2)}
+    found = competing(sites_of("swin_tiny_patch4_window7_224", embed_dim=24, **options))
     assert found["layers.0.blocks.1.mlp.act"] == (96, -1)
-    assert {axis for _, axis in found.values()} == {-1} and len(found) == 5
+    assert {axis for _, axis in found.values()} == {-1} and len(found) == 3
 
 
 def test_position_mlps_are_not_hidden_layers() -> None:
-    sites = sites_of("swinv2_tiny_window8_256", **{**SWIN, "img_size": 64, "window_size": 8})
+    options = {"img_size": 32, "window_size": 8, "depths": (1, 1), "num_heads": (2, 2)}
+    sites = sites_of("swinv2_tiny_window8_256", embed_dim=24, **options)
     position = [site for name, site in sites.items() if "cpb_mlp" in name]
-    assert len(position) == 5 and not any(site.hidden for site in position)
+    assert len(position) == 2 and not any(site.hidden for site in position)
     assert {site.reason for site in position} == {"not computed from the image, such as a position embedding"}
-    assert len(competing(sites)) == 5
+    assert len(competing(sites)) == 2
 
 
 @pytest.mark.parametrize(("name", "axis"), [("convnext_tiny", -1), ("convnext_atto", -3)])
@@ -78,7 +73,7 @@ def test_timm_resnets_have_a_module_for_every_call() -> None:
 
 
 def test_squeeze_excite_gates_are_left_alone() -> None:
-    sites = sites_of("mobilenetv3_small_050")
+    sites = sites_of("mobilenetv3_small_050")  # the only one of the family that is small
     assert sites["blocks.0.0.se.act1"].reason == "part of a squeeze-excite gate, pooled and multiplied"
     assert sites["blocks.0.0.se.gate"].reason == "a gate, not a hidden layer"
     assert sites["act2"] == Site("act2", "Hardswish", 1024, -3)
@@ -343,11 +338,11 @@ def test_the_example_has_the_type_of_the_weights() -> None:
 def test_a_model_that_does_not_run_is_refused() -> None:
     with pytest.raises(
         SurgeryError,
-        match=r"Linear does not run on an input of shape \(1, 3\): RuntimeError.* Pass example, a batch of in",
+        match=r"Linear does not run on an input of shape \(1, 3\): RuntimeError.* Pass example, a batch",
     ):
         find_sites(nn.Linear(4, 2), torch.zeros(1, 3))
     with pytest.raises(
         SurgeryError,
-        match=r"Bilinear ran on no input of the shapes \(1, 3, 224, 224\), .*the first said: TypeError",
+        match=r"Bilinear ran on no input of the shapes .*1, 3, 224, 224.*the first said: TypeError",
     ):
         find_sites(nn.Bilinear(2, 2, 2))

@@ -310,6 +310,17 @@ def test_channels_last_and_half_precision() -> None:
     model.bfloat16()(x.bfloat16())
 
 
+def test_compilation_and_export_go_through() -> None:
+    model, x = replace_activations_(blocks().eval(), 2), torch.randn(1, 3, 8, 8)
+    compiled = torch.compile(model[1], backend="eager", fullgraph=True)
+    h = model[0](x)
+    for _ in range(2):
+        assert ((compiled(h) != 0).sum(1) == 2).all()
+    torch.compiler.reset()
+    exported = torch.export.export(model[1], (h,)).module()
+    assert ((exported(h) != 0).sum(1) == 2).all()
+
+
 def test_gradients_flow() -> None:
     model = replace_activations_(blocks(), 2).train()
     model(torch.randn(2, 3, 8, 8)).sum().backward()

@@ -13,7 +13,6 @@ import torchvision
 from torch import Tensor, nn
 
 from clip_dissect_cvn.errors import SurgeryError
-from clip_dissect_cvn.interception import InterceptedForward
 from clip_dissect_cvn.sites import find_sites
 from clip_dissect_cvn.surgery import lwta_layers, replace_activations_, restore_activations_
 
@@ -117,7 +116,7 @@ def test_in_place_functions_change_their_argument() -> None:
 def test_copies_intercept_for_themselves(duplicate: Any) -> None:
     model, x = replace_activations_(Outer().eval(), 2), torch.randn(3, 4)
     twin = duplicate(model)
-    assert isinstance(twin.__dict__["forward"], InterceptedForward) and twin.__dict__["forward"].owner is twin
+    assert twin.forward.__self__.owner is twin
     assert seen_by(twin, x) == NAMES
     restore_activations_(twin)
     assert "forward" not in vars(twin) and seen_by(model, x) == NAMES
@@ -145,6 +144,23 @@ def test_all_calls_of_a_function_or_none() -> None:
         replace_activations_(Outer(), lambda site: None if site.name == "functional_relu.1" else 2)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_module_that_runs_all_its_children_is_refused(depth: int) -> None:
+    class Stack(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self:
+                x = F.relu(layer(x))
+            return x
+
+    model = Stack(*(nn.Linear(4, 4) for _ in range(depth)))
+    with pytest.raises(
+        SurgeryError, match="Stack calls activation functions in a module that also runs all its"
+    ):
+        replace_activations_(model, 2)
+    assert not lwta_layers(model) and list(model._modules) == [str(i) for i in range(depth)]
+    assert not model._forward_pre_hooks and "forward" not in vars(model)
+
+
 def test_a_forward_of_an_instance_is_kept() -> None:
     model = Inner()
     own = model.forward = lambda x: F.relu(model.linear(x)) + 1
@@ -159,6 +175,19 @@ def test_torch_transformer_layers_call_a_function() -> None:
     replace_activations_(layer, 4, example=x)
     with torch.inference_mode():
         assert seen_by(layer, x) == ["functional_relu"]
+
+
+def test_compilation_goes_through() -> None:
+    model, x = replace_activations_(Outer().eval(), 4), torch.randn(3, 4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(2):
+        assert (compiled(x) != 0).sum() <= 3 * 2
+    torch.compiler.reset()
+
+
+def test_export_goes_through() -> None:
+    model, x = replace_activations_(Outer().eval(), 4), torch.randn(3, 4)
+    assert (torch.export.export(model, (x,)).module()(x) != 0).sum() <= 3 * 2
 
 
 @pytest.mark.parametrize(

@@ -41,11 +41,6 @@ class Similarity:
     )
 
     def __post_init__(self) -> None:
-        if not callable(self.function):
-            raise PluginError(
-                f"The similarity {self.name!r} is {self.function!r}, which cannot be called. "
-                "Register a function of (clip_feats, unit_acts, **options)."
-            )
         if not self.version:
             object.__setattr__(self, "version", _source_digest(self.function, self.factored))
 
@@ -104,7 +99,14 @@ def _source(function: Callable[..., Tensor] | None) -> str:
 
 
 def _entry(name: str, value: Any) -> Similarity:
-    return value if isinstance(value, Similarity) else Similarity(name, value)
+    if isinstance(value, Similarity):
+        return value
+    if not callable(value):
+        raise PluginError(
+            f"The similarity {name!r} is {value!r}, which cannot be called. "
+            "Register a function of (clip_feats, unit_acts, **options)."
+        )
+    return Similarity(name, value)
 
 
 SIMILARITIES: Registry[Similarity] = Registry("similarity", "similarities", _entry)

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..artifacts import ClipFeatures, Scores, UnitActivations
-from ..errors import ArgumentError, PluginError
+from ..errors import ArgumentError, CVNError, PluginError
 from .entry import SIMILARITIES, Progress, Similarity
-from .inputs import Device, check_same_images, pieces
+from .inputs import Device, check_same_images, concept_matrix, pieces
 
 
 def score(
@@ -32,8 +32,8 @@ def score(
     concepts) on the CPU, NaN for dead units. `progress` is called with what is done and what there is in all.
 
     Raises UnknownNameError for an unknown similarity or option, ArgumentError for an option out of range, for
-    other images in the two inputs, or for NaN or infinity in them, and PluginError for a function that does
-    not return scores of that shape, without NaN for live units.
+    other images in the two inputs, or for NaN or infinity in them, and PluginError for a function that fails
+    or does not return scores of that shape, without NaN for live units.
     """
     entry = as_similarity(similarity)
     resolved = entry.resolve(options)
@@ -85,11 +85,24 @@ def _call(
     activations: UnitActivations,
     device: Device,
     options: dict[str, Any],
-) -> Tensor:
+) -> Any:
     if entry.factored is not None:
-        return entry.factored(features, activations, **options)
-    clip_feats = features.concept_activations().to(device, torch.float32)
-    return entry.function(clip_feats, activations.response.to(device, torch.float32), **options)
+        return _guarded(entry, entry.factored, features, activations, options)
+    clip_feats = concept_matrix(features, device).block()
+    unit_acts = activations.response.to(device, torch.float32, copy=True)  # the function's own, to change
+    return _guarded(entry, entry.function, clip_feats, unit_acts, options)
+
+
+def _guarded(
+    entry: Similarity, function: Callable[..., Any], left: Any, right: Any, options: dict[str, Any]
+) -> Any:
+    """Call the function; an error that is not this package's says whose it is."""
+    try:
+        return function(left, right, **options)
+    except CVNError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{_named(entry)} failed: {error!r}. Mend that function.") from error
 
 
 def _check_finite(values: Float[Tensor, "images channels"], what: str) -> None:
@@ -104,8 +117,7 @@ def _check_finite(values: Float[Tensor, "images channels"], what: str) -> None:
 
 
 def _check_result(entry: Similarity, values: Any, dead: Tensor, expected: tuple[int, int]) -> None:
-    function = f"{entry.function.__module__}.{getattr(entry.function, '__qualname__', entry.function)}"
-    who = f"The similarity {entry.name!r} ({function})"
+    who = _named(entry)
     if not isinstance(values, Tensor):
         raise PluginError(
             f"{who} returned {type(values).__name__}; expected a tensor (units concepts) = {expected}."
@@ -120,6 +132,11 @@ def _check_result(entry: Similarity, values: Any, dead: Tensor, expected: tuple[
             f"{who} returned NaN for {len(bad)} units that are not dead, the first of them {bad[0]}; "
             f"expected numbers for all of (units concepts) = {expected}."
         )
+
+
+def _named(entry: Similarity) -> str:
+    function = f"{entry.function.__module__}.{getattr(entry.function, '__qualname__', entry.function)}"
+    return f"The similarity {entry.name!r} ({function})"
 
 
 def _source(
