@@ -1,7 +1,7 @@
-"""Time of LWTA against GELU and against the published way to compute it; ratios measured interleaved in one run.
+"""Time of LWTA against GELU and against the published way to compute it: ratios, interleaved in one run.
 
-The published way is the plain Gumbel-softmax with dense one-hot masks, in inference too; written here from the
-formula, or, with --reference DIR, the activation of a DISCOVER checkout. Networks have random weights.
+The published way is the plain Gumbel-softmax with dense one-hot masks, in inference too: written here from
+the formula, or, with --reference DIR, the activation of a DISCOVER checkout. Networks have random weights.
 
     python benchmarks/lwta.py --quick
     python benchmarks/lwta.py --batch 32 --threads 2 --json lwta.json

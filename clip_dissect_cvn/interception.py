@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,13 +24,14 @@ def interceptions(
             owner = model.get_submodule(site.owner)
             forward = forwards.setdefault(site.owner, InterceptedForward(owner))
             forward.children[site.kind] = site.path.rpartition(".")[2]
-    if forwards:
-        paths = {call.number: call.path for call in calls if not call.function}
-        for call in calls:
-            around = {paths[number] for number in call.within} & set(forwards) - {call.path}
-            if call.function and around:
-                inner = InterceptedForward(model.get_submodule(call.path))
-                forwards.setdefault(call.path, inner).pauses(forwards[path] for path in around)
+    replaced = Counter(site.path for site in chosen)
+    gone = {site.path for site in chosen if replaced[site.path] == site.calls}
+    paths = {call.number: call.path for call in calls if not call.function}
+    for call in calls:
+        around = {paths[number] for number in call.within} & set(forwards) - {call.path}
+        if call.function and around and call.path not in gone:
+            inner = InterceptedForward(model.get_submodule(call.path))
+            forwards.setdefault(call.path, inner).pauses(forwards[path] for path in around)
     return list(forwards.values())
 
 

@@ -20,10 +20,12 @@ ATTENTION_GATES = {
     *("LightCbamModule", "EcaModule", "CecaModule", "CoordAttn", "SimpleCoordAttn", "EfficientLocalAttn"),
     *("StripAttn", "SelectiveKernelAttn"),
 }
-"""Classes whose whole output multiplies a feature map: nothing in them is a hidden layer."""
-
-ATTENTION_KERNELS = {"LiteMLA"}
-"""Classes whose activation maps queries and keys of linear attention."""
+FAMILIES = {
+    **dict.fromkeys(ATTENTION_GATES, "an attention gate"),
+    **dict.fromkeys(PARAMETRIC, "an activation with parameters"),
+    "LiteMLA": "the kernel of a linear attention",
+}
+"""Classes in which no activation is a hidden layer's, and what they are."""
 
 Where = Callable[[str, nn.Module], bool]
 
@@ -138,11 +140,9 @@ def _not_hidden(modules: dict[str, nn.Module], call: Call, kind: str) -> str:
         return "a gate, not a hidden layer"
     if call.gate:
         return "part of a squeeze-excite gate, pooled and multiplied"
-    for around in (type(modules[path]).__name__ for path in _ancestors(call.path)):
-        if around in ATTENTION_GATES:
-            return f"part of {around}, an attention gate"
-        if around in ATTENTION_KERNELS:
-            return f"part of {around}, the kernel of a linear attention"
+    for around in (type(modules[path]).__name__ for path in _ancestors(place(call))):
+        if around in FAMILIES:
+            return f"part of {around}, {FAMILIES[around]}"
     return "" if call.image else "not computed from the image, such as a position embedding"
 
 
@@ -170,7 +170,7 @@ def _all_calls_or_none(sites: list[Site]) -> Iterator[Site]:
 
 def _ancestors(path: str) -> Iterator[str]:
     parts = path.split(".")
-    return (".".join(parts[:depth]) for depth in range(len(parts) + 1))
+    return (".".join(parts[:depth]) for depth in range(len(parts)))
 
 
 def _never_called(modules: dict[str, nn.Module], called: set[str]) -> Iterator[Site]:

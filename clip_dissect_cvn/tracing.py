@@ -162,15 +162,14 @@ def _run(model: nn.Module, example: Tensor, *, fake: bool) -> tuple[Call, ...]:
 
 
 def _copy(model: nn.Module) -> nn.Module | None:
-    """Copy a model but for its weights and buffers, so that a forward pass keeps nothing in it.
+    """Copy a model but for its weights, so that a forward pass keeps nothing in it.
 
     None where that cannot be: an instance's own forward may hold on to the modules that it was made for.
     """
     if any(isinstance(vars(module).get("forward"), FunctionType) for module in model.modules()):
         return None
-    shared = [*model.parameters(), *model.buffers()]
     try:
-        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+        twin = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     except Exception:  # deepcopy runs the code of whatever the model holds
         return None
     for module in twin.modules():
@@ -180,13 +179,18 @@ def _copy(model: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode, then put modes and buffers back."""
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.eval()
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 @contextmanager
@@ -232,11 +236,10 @@ class _Tracer(TorchFunctionMode):
         name = _name(function)
         sources = tuple(Source(tensor, self._origin(tensor)) for tensor in _tensors((args, kwargs)))
         operation = Operation(name, function, args, kwargs, sources)
-        before = [source.tensor.shape for source in sources]
         output = function(*args, **kwargs)
         if name == "__setitem__":
             self._assigned(sources)
-        elif sources and before:
+        elif sources:
             for tensor in _tensors(output):
                 self._follow(operation, tensor)
             if name in FUNCTIONS and isinstance(output, Tensor):

@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from multiprocessing.connection import Connection
@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from clip_dissect_cvn.block_sizes import divisors
 from clip_dissect_cvn.errors import CVNError
 from clip_dissect_cvn.lwta import LWTA
-from clip_dissect_cvn.sites import Site, default_example, trace
-from clip_dissect_cvn.surgery import find_sites, lwta_layers, replace_activations_, restore_activations_
+from clip_dissect_cvn.sites import Call, Site, Sites, default_example, sites_among, trace
+from clip_dissect_cvn.surgery import lwta_layers, replace_activations_, restore_activations_
 
 CHOSEN = Path(__file__).with_name("survey_models.json")
 LARGEST_IMAGE = 256
@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default="*", help="glob of families, such as 'timm/vi*'")
     parser.add_argument("--markdown", help="write docs/survey.md's page here")
     parser.add_argument("--json", help="write all rows here")
-    parser.add_argument("--seconds", type=float, default=180, help="time limit for one model")
+    parser.add_argument("--seconds", type=float, default=600, help="time limit for one model")
     parser.add_argument("--choose", action="store_true", help="find each family's smallest model again")
     return parser.parse_args()
 
@@ -154,7 +154,8 @@ def survey(model: nn.Module) -> dict[str, Any]:
     """Patch, run, check and restore one model."""
     try:
         example = small_example(model)
-        sites = find_sites(model, example)
+        calls = trace(model, example)
+        sites = sites_among(model, calls)
         found = {"left": Counter(site.reason for site in sites if site.reason), "activations": len(sites)}
     except CVNError as error:
         return {"result": "refused", "message": str(error)}
@@ -172,7 +173,7 @@ def survey(model: nn.Module) -> dict[str, Any]:
         restore_activations_(model)
         assert parts == inventory(model), "something was left behind"
         assert same(before, model(images)), "the outputs differ after restoring"
-    confirmed = sum(confirms(model, example).values())
+    confirmed = len(confirms(model, calls, sites))
     return {"result": "OK", "message": "", "replaced": len(layers), "confirmed": confirmed, **found}
 
 
@@ -240,25 +241,20 @@ def watched(model: nn.Module) -> Iterator[None]:
     )
 
 
-def confirms(model: nn.Module, example: Tensor) -> dict[str, bool]:
+def confirms(model: nn.Module, calls: Sequence[Call], sites: Sites) -> list[str]:
     """Hold the channels of each site against the features that the layer before it declares, if it does."""
-    calls = trace(model, example)
     modules = dict(model.named_modules())
+    replaced = {(site.path, site.index): site for site in sites if not site.reason and not site.function}
     declared: dict[tuple[int, ...], int] = {}
-    found = {}
-    sites = {(site.path, site.index): site for site in find_sites(model, example) if not site.reason}
+    found = []
     for call in calls:
-        module, site = modules[call.path], sites.get((call.path, call.index))
+        module, site = modules[call.path], replaced.get((call.path, call.index))
         if site is not None and not call.function and call.shape in declared:
-            found[site.name] = declared[call.shape] == site.channels
-            assert found[site.name], (
-                f"{site.name} has {site.channels} channels, fed with {declared[call.shape]}"
-            )
-        features = next(
-            (getattr(module, name) for name in FEATURES if isinstance(getattr(module, name, None), int)), None
-        )
-        if features is not None and not call.function and not list(module.children()):
-            declared = {call.shape: features}
+            assert declared[call.shape] == site.channels, f"{site.name}: {site.channels}, fed with {declared}"
+            found.append(site.name)
+        features = [value for name in FEATURES if isinstance(value := getattr(module, name, None), int)]
+        if features and not call.function and not list(module.children()):
+            declared = {call.shape: features[0]}
     return found
 
 
@@ -284,7 +280,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "| family | model | replaced | result | left alone (why) or refused (why) |",
         "| --- | --- | --- | --- | --- |",
     ]
-    return "\n".join([head, *table, *map(line, rows), ""])
+    return "\n".join([head, *table, *map(line, rows), LIMITS])
 
 
 INTRODUCTION = """# Survey: which models can be patched
@@ -296,6 +292,20 @@ the smallest number that divides the channels. Where a layer that declares its f
 directly ({confirmed} of {replaced} sites), the channel axis was held against it. With {versions}.
 
 Written by `python scripts/survey_models.py --markdown docs/survey.md`.
+"""
+
+LIMITS = """
+## Limits
+
+- Activations with parameters (PReLU, timm's StarReLU) stay: without them the state dict would lose keys.
+- Activations written out as products in a forward, such as `x * sigmoid(x)`, are not known as activations.
+- A function that a forward calls (`F.relu(x)`) is replaced where it is called: that forward runs under a
+  torch function mode. `torch.compile` and `torch.export` go through it; `torch.jit.script`, `torch.fx` and
+  `nn.DataParallel` do not.
+- The calls of an activation that is called several times are told apart by counting, so one model must not
+  run in two threads at once.
+- `inplace=True` of a module is not imitated: a skip connection that relied on it carries the linear response.
+- Heads that only run in training, such as GoogLeNet's auxiliary ones, keep their activations.
 """
 
 if __name__ == "__main__":

@@ -126,8 +126,8 @@ class Recipe:
 
 RECIPES = {
     "clip": Recipe(ClipLearner, steps=2500, cycle=2500, images=50_000),
-    "cvn": Recipe(lambda: ClassLearner(build_cvn()), steps=6000, cycle=3000, images=150_000),
-    "gelu": Recipe(lambda: ClassLearner(build_vit()), steps=6000, cycle=3000, images=150_000),
+    "cvn": Recipe(lambda: ClassLearner(build_cvn()), steps=9000, cycle=3000, images=150_000),
+    "gelu": Recipe(lambda: ClassLearner(build_vit()), steps=9000, cycle=3000, images=150_000),
 }
 
 

@@ -250,6 +250,25 @@ def test_reasons() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        (timm.layers.GlobalContext(8, fuse_add=True), "part of GlobalContext, an attention gate"),
+        (timm.layers.SEModule(8), "part of a squeeze-excite gate, pooled and multiplied"),
+        (timm.models.metaformer.StarReLU(), "part of StarReLU, an activation with parameters"),
+        (
+            timm.models.efficientvit_mit.LiteMLA(8, 8, dim=4),
+            "part of LiteMLA, the kernel of a linear attention",
+        ),
+    ],
+)
+def test_families_in_which_nothing_is_a_hidden_layer(family: nn.Module, reason: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), family, nn.ReLU())
+    *inner, last = (site for site in find_sites(model, torch.zeros(1, 3, 32, 32)) if site.kind == "ReLU")
+    assert {site.reason for site in inner} == {reason}
+    assert not last.reason and last.axis == -3
+
+
 def test_the_table() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LeakyReLU(), nn.Conv2d(8, 2, 3), nn.Sigmoid())
     assert str(find_sites(model)).splitlines() == [
@@ -285,7 +304,7 @@ def test_a_dry_run_leaves_no_trace() -> None:
     model = Keeper().train()
     before, state = dict(model.__dict__), torch.get_rng_state()
     find_sites(model, torch.zeros(2, 4))
-    assert model.__dict__ == before and model.training and model.act.training
+    assert model.__dict__ == before and model.training and model.act.training and model.count == 0
     assert torch.equal(torch.get_rng_state(), state) and not model.act._forward_hooks
 
 
@@ -298,12 +317,21 @@ def test_a_model_that_needs_numbers_runs_on_real_ones(capfd: pytest.CaptureFixtu
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.linear(x)
+            self.count += 1
             return self.act(x) if float(x.abs().sum()) >= 0 else x
 
     model = Looking()
     (site,) = find_sites(model, torch.zeros(2, 4))
     assert site.channels == 8 and not site.reason
-    assert "".join(capfd.readouterr()) == ""
+    assert "".join(capfd.readouterr()) == "" and model.count == 0
+
+
+def test_a_model_that_cannot_be_copied_runs_itself() -> None:
+    model = Keeper().train()
+    model.forward = lambda x, forward=model.forward: forward(x)
+    (site,) = find_sites(model, torch.zeros(2, 4))
+    assert site.channels == 8 and model.training and model.count == 0
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_calls_are_listed_in_order_with_the_axis_of_their_output() -> None:

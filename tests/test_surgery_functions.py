@@ -61,6 +61,7 @@ def test_each_call_of_a_function_is_replaced() -> None:
     keys = list(model.state_dict())
     replace_activations_(model, 4)
     assert list(lwta_layers(model)) == NAMES and seen_by(model, x) == NAMES
+    assert [path for path, module in model.named_modules() if "forward" in vars(module)] == ["", "inner"]
     assert list(model.state_dict()) == keys
     assert (model(x) != 0).sum() <= 3 * 2
 

@@ -14,7 +14,7 @@ from .networks import vit_preprocess
 from .probe import ShapesProbe
 from .world import ATTRIBUTES, CLASSES
 
-HELD_OUT_WORLD = 3
+HELD_OUT_WORLD = 4
 DRAWS = 4
 BATCH = 250
 

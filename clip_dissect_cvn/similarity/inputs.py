@@ -14,8 +14,8 @@ from torch import Tensor
 from ..artifacts import ClipFeatures, UnitActivations
 from ..errors import ArgumentError
 
-BLOCK = 1 << 26
-"""Numbers held at once by one step (268 MB as float32); results do not depend on it beyond rounding."""
+BLOCK = 1 << 25
+"""Numbers held at once by one step (134 MB as float32); results do not depend on it beyond rounding."""
 
 TINY = torch.finfo(torch.float32).tiny
 

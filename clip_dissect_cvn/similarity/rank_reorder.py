@@ -17,7 +17,7 @@ from .options import Number, check_count, check_not_negative, check_positive, ch
 
 FEWEST_IMAGES = 2
 SMALLEST_MEAN = 1e-4
-CONCEPTS_AT_ONCE = 256
+CONCEPTS_AT_ONCE = 512
 """So many that one unit's sort keys stay in the processor's cache."""
 
 
