@@ -310,14 +310,19 @@ def test_channels_last_and_half_precision() -> None:
     model.bfloat16()(x.bfloat16())
 
 
-def test_compilation_and_export_go_through() -> None:
-    model, x = replace_activations_(blocks().eval(), 2), torch.randn(1, 3, 8, 8)
-    compiled = torch.compile(model[1], backend="eager", fullgraph=True)
-    h = model[0](x).detach()
+def test_compilation_goes_through() -> None:
+    if hasattr(LWTA.forward, "__wrapped__"):
+        pytest.skip("dynamo does not trace jaxtyping's runtime checks")
+    block = replace_activations_(blocks().eval(), 2)[1]
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
     for _ in range(2):
-        assert ((compiled(h) != 0).sum(1) == 2).all()
+        assert ((compiled(torch.randn(1, 4, 8, 8)) != 0).sum(1) == 2).all()
     torch.compiler.reset()
-    exported = torch.export.export(model[1], (h,)).module()
+
+
+def test_export_goes_through() -> None:
+    block, h = replace_activations_(blocks().eval(), 2)[1], torch.randn(1, 4, 8, 8)
+    exported = torch.export.export(block, (h,)).module()
     assert ((exported(h) != 0).sum(1) == 2).all()
 
 

@@ -126,7 +126,7 @@ def _check_result(entry: Similarity, values: Any, dead: Tensor, expected: tuple[
         raise PluginError(
             f"{who} returned a tensor of shape {tuple(values.shape)}; expected (units concepts) = {expected}."
         )
-    bad = (values.isnan().any(dim=1).cpu() & ~dead).nonzero().flatten().tolist()
+    bad = (values.amax(dim=1).isnan().cpu() & ~dead).nonzero().flatten().tolist()
     if bad:
         raise PluginError(
             f"{who} returned NaN for {len(bad)} units that are not dead, the first of them {bad[0]}; "

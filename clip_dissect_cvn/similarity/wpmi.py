@@ -35,7 +35,7 @@ from .options import Number, check_count, check_not_negative, check_positive
 
 DIGITS = 37
 """Decimal digits that a product of factors may span: float32 is normal from 1.2e-38 to 3.4e38."""
-CONCEPTS_AT_ONCE = 256
+CONCEPTS_AT_ONCE = 128
 FACTORS_AT_ONCE = 1 << 14
 
 
