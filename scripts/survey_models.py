@@ -274,7 +274,11 @@ def page(rows: list[dict[str, Any]]) -> str:
     results = Counter(row["result"] for row in rows)
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
     head = INTRODUCTION.format(
-        **{"OK": 0, "refused": 0, "FAULT": 0, **results}, all=len(rows), versions=versions
+        **{"OK": 0, "refused": 0, "FAULT": 0, **results},
+        all=len(rows),
+        confirmed=sum(row.get("confirmed", 0) for row in rows),
+        replaced=sum(row.get("replaced", 0) for row in rows),
+        versions=versions,
     )
     table = [
         "| family | model | replaced | result | left alone (why) or refused (why) |",
@@ -287,7 +291,7 @@ INTRODUCTION = """# Survey: which models can be patched
 
 One model of every timm module and of every torchvision classification family, the smallest, with random
 weights: {OK} of {all} are patched, run with exactly one winner in every block, and restored to bit-identical
-outputs; {refused} are refused, for the reason told; {FAULT} do anything else. Blocks are of 2 units, or of
+outputs; {refused} refused, for the reason told; {FAULT} do anything else. Blocks are of 2 units, or of
 the smallest number that divides the channels. Where a layer that declares its features feeds an activation
 directly ({confirmed} of {replaced} sites), the channel axis was held against it. With {versions}.
 
