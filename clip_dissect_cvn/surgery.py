@@ -120,10 +120,9 @@ def _check_model(model: nn.Module) -> None:
 
 def _check_sites(model: nn.Module, sites: Sites, sizes: Mapping[Site, int]) -> None:
     if not sizes:
-        listed = "; ".join(f"{site.name}: {site.reason or 'given no competitors'}" for site in sites)
-        found = f"Its activations are left alone ({listed})" if listed else "It calls no known activation"
         raise SurgeryError(
-            f"Nothing to replace in {type(model).__name__}. {found}. Write LWTA modules into it by hand."
+            f"Nothing to replace in {type(model).__name__}. {_why_none(sites)}. "
+            "Write LWTA modules into it by hand."
         )
     for site in sizes:
         places = [] if site.function else _places(model, model.get_submodule(site.path))
@@ -133,6 +132,18 @@ def _check_sites(model: nn.Module, sites: Sites, sizes: Mapping[Site, int]) -> N
                 "so its calls cannot be told apart. Give each place a module of its own, or leave it out "
                 "with where=."
             )
+
+
+def _why_none(sites: Sites) -> str:
+    """Name one site for every reason, and how many others there are."""
+    groups: dict[str, list[str]] = {}
+    for site in sites:
+        groups.setdefault(site.reason or "given no competitors", []).append(site.name)
+    told = (
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}"
+        for reason, names in groups.items()
+    )
+    return f"Its activations are left alone ({'; '.join(told)})" if groups else "It calls no known activation"
 
 
 def _check_children(model: nn.Module, operation: Operation, example: Tensor | None) -> None:

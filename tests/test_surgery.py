@@ -408,6 +408,9 @@ def mlp(*widths: int, act: type[nn.Module] = nn.GELU) -> nn.Module:
          "or leave it out with where=."),
         (mlp(4, 8, act=nn.Sigmoid), 2, "Nothing to replace in Sequential. Its activations are left alone "
          "(1: a gate, not a hidden layer). Write LWTA modules into it by hand."),
+        (mlp(4, 8, 8, 8, act=nn.PReLU), 2, "Nothing to replace in Sequential. Its activations are left alone "
+         "(1 and 2 more: has parameters, which the state dict would lose). Write LWTA modules into it by "
+         "hand."),
         (mlp(4, 8, act=nn.Identity), 2, "Nothing to replace in Sequential. It calls no known activation. "
          "Write LWTA modules into it by hand."),
         (nn.ReLU(), 2, "The model is itself an activation, ReLU, which cannot be replaced in place. "

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..artifacts import ClipFeatures, UnitActivations
 from .entry import Progress, register_similarity
 from .inputs import TINY, Device, concept_matrix, mask_dead, pieces, unit_activations, unit_columns
+from .threads import in_threads
 
 PAIRS_AT_ONCE = 1 << 18
 
@@ -37,11 +38,14 @@ def jensen_shannon(
     units = unit_activations(unit_acts, matrix)
     images, concepts = matrix.shape
     scores = torch.empty(units.units, concepts, device=device)
-    for part in pieces(concepts, 4 * images):
+
+    def fill(part: slice) -> None:
         concept = _distributions(matrix.block(slice(None), part).T)
         for some, response in unit_columns(units):
             unit = _distributions(response.T.to(device))
             scores[some, part] = _minus_divergence(unit, concept)
+
+    for part, _ in in_threads(fill, list(pieces(concepts, 4 * images)), device):
         if progress:
             progress(part.stop, concepts)
     return mask_dead(scores, units)

@@ -14,10 +14,11 @@ from ..artifacts import ClipFeatures, UnitActivations
 from .entry import Progress, register_similarity
 from .inputs import BLOCK, TINY, Device, concept_matrix, mask_dead, pieces, top_images, unit_activations
 from .options import Number, check_count, check_not_negative, check_positive, check_share
+from .threads import in_threads
 
 FEWEST_IMAGES = 2
 SMALLEST_MEAN = 1e-4
-CONCEPTS_AT_ONCE = 512
+CONCEPTS_AT_ONCE = 256
 """So many that one unit's sort keys stay in the processor's cache."""
 
 
@@ -55,11 +56,15 @@ def rank_reorder(
     top = _strongest(units, _count(matrix.shape[0], top_fraction), device)
     chance = _chance(top.values, p, permutations, seed)
     scores = torch.empty(units.units, matrix.shape[1], device=device)
-    for part in pieces(matrix.shape[1], max(8 * len(top.images), BLOCK // CONCEPTS_AT_ONCE)):
+
+    def fill(part: slice) -> None:
         block = matrix.block(top.images, part)
         error = torch.where(chance > 0, _errors(block, top, p) / chance, 1.0)
         mean = torch.nn.functional.embedding_bag(top.row, block, mode="mean")
         scores[:, part] = error / mean.clamp_min_(SMALLEST_MEAN).pow_(scale_p)
+
+    parts = list(pieces(matrix.shape[1], max(8 * len(top.images), BLOCK // CONCEPTS_AT_ONCE)))
+    for part, _ in in_threads(fill, parts, device):
         if progress:
             progress(part.stop, matrix.shape[1])
     return mask_dead(scores.neg_(), units)

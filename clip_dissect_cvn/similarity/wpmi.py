@@ -32,6 +32,7 @@ from .inputs import (
     unit_activations,
 )
 from .options import Number, check_count, check_not_negative, check_positive
+from .threads import in_threads
 
 DIGITS = 37
 """Decimal digits that a product of factors may span: float32 is normal from 1.2e-38 to 3.4e38."""
@@ -187,12 +188,16 @@ def _add_logs_(
     """Add to `result` the sum over each unit's pairs of log(C + d), a cache-sized piece at a time."""
     device = result.device
     unit, row, offset = groups.unit.to(device), groups.row.to(device), groups.offset.to(device)[..., None]
-    for concepts in _steps(probability.shape[1], CONCEPTS_AT_ONCE):
+
+    def add(concepts: slice) -> None:
         part = torch.nn.functional.pad(probability[:, concepts], (0, 0, 0, 1))
         for some in _steps(len(unit), max(1, FACTORS_AT_ONCE // row.shape[1])):
             factors = part.index_select(0, row[some].flatten()).view(*row[some].shape, -1)
             logs = factors.add_(offset[some]).prod(dim=1).log_()
             result[:, concepts].index_add_(0, unit[some], logs)
+
+    for _ in in_threads(add, list(_steps(probability.shape[1], CONCEPTS_AT_ONCE)), device):
+        pass
 
 
 def _steps(length: int, size: int) -> Iterator[slice]:
